@@ -1,0 +1,1 @@
+//! Makes the guests that rhyve boots: the probe kernel and Linux images

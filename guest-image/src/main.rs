@@ -1,0 +1,3 @@
+//! The `guest-image` program.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The `rhyve` program.
+
+fn main() {}

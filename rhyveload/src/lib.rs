@@ -1,0 +1,1 @@
+//! Loads a guest kernel into a named virtual machine, without /dev/kvm

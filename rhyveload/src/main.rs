@@ -1,0 +1,3 @@
+//! The `rhyveload` program.
+
+fn main() {}

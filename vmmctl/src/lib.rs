@@ -1,0 +1,1 @@
+//! Shows and changes what the hypervisor knows of a virtual machine

@@ -1,0 +1,3 @@
+//! The `vmmctl` program.
+
+fn main() {}
