@@ -1,1 +1,43 @@
-//! Makes the guests that rhyve boots: the probe kernel and Linux images
+//! Makes the guests that rhyve boots.
+//!
+//! `guest-image PROFILE` turns a recipe into files below an output directory. Each profile is a
+//! module with one function, `make(out) -> Result<Image, Error>`:
+//!
+//! - [`probe`]: our own freestanding kernel, which runs on any KVM.
+//! - [`linux`]: Debian's kernels with an initramfs of ours, for guests and for the nested lane.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod image;
+pub mod linux;
+pub mod probe;
+
+pub use image::{Artifact, Image, Role};
+
+use std::path::Path;
+
+use cli::Profile;
+
+/// Why an image could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The probe kernel could not be written.
+    #[error("probe")]
+    Probe(#[from] probe::Error),
+    /// A Linux image could not be made.
+    #[error("linux")]
+    Linux(#[from] linux::Error),
+}
+
+/// Makes the image of `profile` in the directory `out`, which is created if it is missing.
+///
+/// # Errors
+///
+/// The profile's own error: what could not be read, fetched or written.
+pub fn make(profile: Profile, out: &Path) -> Result<Image, Error> {
+    match profile {
+        Profile::Probe => Ok(probe::make(out)?),
+        Profile::Linux => Ok(linux::make(out)?),
+    }
+}

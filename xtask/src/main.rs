@@ -1,3 +1,51 @@
-//! `cargo xtask`: the project's own tasks.
+//! `cargo xtask`: the project's own tasks, one `task_*.rs` a verb.
+//!
+//! Each verb is a clap argument struct with `run(self) -> TaskResult`. What several verbs need is in
+//! [`project`] (paths, building our own programs).
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod project;
+mod task_guest_image;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What a task ends with: its exit status, or the error that stopped it.
+type TaskResult = Result<ExitCode, Box<dyn Error>>;
+
+/// The project's own tasks.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    GuestImage(task_guest_image::GuestImage),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::GuestImage(task) => task.run(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("xtask: {}", chain(&*error));
+        ExitCode::FAILURE
+    })
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
