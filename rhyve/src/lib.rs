@@ -10,3 +10,5 @@ pub mod isa;
 pub mod mevent;
 pub mod pci;
 pub mod suspend;
+#[cfg(test)]
+pub mod testing;
