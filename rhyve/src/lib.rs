@@ -3,6 +3,8 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod bus;
+pub mod cli;
+pub mod config;
 pub mod console;
 pub mod firmware;
 pub mod irq;

@@ -9,6 +9,8 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod boot;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod memory;
 pub mod name;
 pub mod regs;

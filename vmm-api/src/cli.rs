@@ -1,0 +1,168 @@
+//! What the programs' command lines share: one way to parse, to fail, and to make the man page
+//! and the shells' completions.
+//!
+//! Each program derives a [`clap::Parser`] and calls [`parse`], which adds a hidden
+//! `--generate man|bash|zsh|fish` to it. The programs' exit statuses have meanings of their own
+//! (2 is a halted guest), so the status of a wrong command line is the caller's.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+
+use clap::builder::PossibleValue;
+use clap::{Arg, Command, CommandFactory, Parser, ValueEnum};
+use clap_complete::Shell;
+
+/// Name of the hidden option.
+const GENERATE: &str = "generate";
+
+/// What a command line comes to.
+#[derive(Debug)]
+pub enum Parsed<T> {
+    /// Something to do.
+    Run(T),
+    /// Everything was said: help, the version or a generated file is on standard output.
+    Done,
+}
+
+/// Why there is nothing to do.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// The command line is wrong. The text is clap's, of several lines, with the usage.
+    #[error("{0}")]
+    Usage(clap::Error),
+    /// Standard output is gone.
+    #[error("standard output")]
+    Output(#[from] io::Error),
+}
+
+/// Parses a command line (with the program's name in front) and prints what only wants printing.
+///
+/// # Errors
+/// [`UsageError::Usage`] for a wrong command line, which is to be shown with
+/// [`UsageError::print`]; [`UsageError::Output`] if help could not be printed.
+pub fn parse<T: Parser>(
+    args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> Result<Parsed<T>, UsageError> {
+    let mut command = T::command().arg(
+        Arg::new(GENERATE)
+            .long(GENERATE)
+            .hide(true)
+            .exclusive(true)
+            .value_parser(clap::value_parser!(Generate)),
+    );
+    let parsed = command
+        .try_get_matches_from_mut(args)
+        .and_then(
+            |mut matches| match matches.remove_one::<Generate>(GENERATE) {
+                Some(kind) => Ok(Err(kind)),
+                None => T::from_arg_matches_mut(&mut matches).map(Ok),
+            },
+        );
+    match parsed {
+        Ok(Ok(args)) => Ok(Parsed::Run(args)),
+        Ok(Err(kind)) => {
+            kind.write::<T>(&mut io::stdout().lock())?;
+            Ok(Parsed::Done)
+        }
+        Err(error) if error.use_stderr() => Err(UsageError::Usage(error.format(&mut command))),
+        Err(help) => {
+            help.print()?;
+            Ok(Parsed::Done)
+        }
+    }
+}
+
+impl UsageError {
+    /// Shows the error on standard error, in colour if that is a terminal.
+    pub fn print(&self, program: &str) {
+        match self {
+            // There is nowhere to say that standard error is gone.
+            Self::Usage(error) => drop(error.print()),
+            Self::Output(error) => drop(writeln!(io::stderr(), "{program}: {self}: {error}")),
+        }
+    }
+}
+
+/// What can be made from a command line's description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generate {
+    /// The man page, in roff.
+    Man,
+    /// A shell's completions.
+    Completions(Shell),
+}
+
+impl ValueEnum for Generate {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[
+            Self::Man,
+            Self::Completions(Shell::Bash),
+            Self::Completions(Shell::Zsh),
+            Self::Completions(Shell::Fish),
+        ]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::Man => Some(PossibleValue::new("man")),
+            Self::Completions(shell) => shell.to_possible_value(),
+        }
+    }
+}
+
+impl Generate {
+    /// Writes the file for `T`'s command line.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write<T: CommandFactory>(self, out: &mut dyn Write) -> io::Result<()> {
+        let mut command: Command = T::command();
+        match self {
+            Self::Man => clap_mangen::Man::new(command)
+                .section("8")
+                .render(&mut { out }),
+            Self::Completions(shell) => {
+                let name = command.get_name().to_owned();
+                // Into memory first: clap_complete panics when its writer fails.
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut command, name, &mut text);
+                out.write_all(&text)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    #[command(name = "tool")]
+    struct Tool {
+        /// A thing it needs.
+        thing: String,
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_an_error_and_a_right_one_runs() {
+        let Err(UsageError::Usage(error)) = parse::<Tool>(["tool"]) else {
+            panic!("a thing is missing");
+        };
+        assert!(error.to_string().contains("<THING>"), "{error}");
+        let Ok(Parsed::Run(tool)) = parse::<Tool>(["tool", "x"]) else {
+            panic!("a thing is there");
+        };
+        assert_eq!(tool.thing, "x");
+    }
+
+    #[test]
+    fn a_file_is_generated_for_each_kind() {
+        for kind in Generate::value_variants() {
+            let mut text = Vec::new();
+            kind.write::<Tool>(&mut text).unwrap();
+            let text = String::from_utf8(text).unwrap();
+            assert!(text.contains("tool"), "{kind:?}: {text}");
+            assert!(!text.contains(GENERATE), "{kind:?}: {text}");
+        }
+    }
+}
