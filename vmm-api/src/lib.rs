@@ -11,11 +11,13 @@
 pub mod boot;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod control;
 pub mod memory;
 pub mod name;
 pub mod regs;
 pub mod root;
 pub mod state;
+pub mod stats;
 pub mod vm;
 
 mod encoding;
