@@ -12,12 +12,15 @@ pub mod boot;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod control;
+pub mod exit;
+pub mod kvm;
 pub mod memory;
 pub mod name;
 pub mod regs;
 pub mod root;
 pub mod state;
 pub mod stats;
+pub mod topology;
 pub mod vm;
 
 mod encoding;

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::libc;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// Lowmem ends here at the latest; from here to [`HIGHMEM_BASE`] is the PCI hole.
 pub const LOWMEM_LIMIT: u64 = 3 << 30;
@@ -81,7 +81,7 @@ impl fmt::Display for MemSize {
         let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
         let exact = units
             .iter()
-            .find(|(shift, _)| self.0 != 0 && self.0 % (1 << shift) == 0);
+            .find(|(shift, _)| self.0 != 0 && self.0.is_multiple_of(1 << shift));
         match exact {
             Some((shift, unit)) => f.pad(&format!("{}{unit}", self.0 >> shift)),
             None => f.pad(&self.0.to_string()),
@@ -138,7 +138,7 @@ impl MemoryLayout {
     pub fn validate(&self) -> Result<(), MemoryError> {
         let bad = self.lowmem > LOWMEM_LIMIT
             || self.highmem > 1 << 46
-            || (self.lowmem | self.highmem) % 4096 != 0;
+            || !(self.lowmem | self.highmem).is_multiple_of(4096);
         if bad {
             Err(MemoryError::Layout(*self))
         } else {

@@ -1,0 +1,582 @@
+//! A vCPU: entering the guest, and everything that it is made of, out and in.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use kvm_bindings::{
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, Msrs,
+    Xsave, kvm_lapic_state, kvm_msr_entry, kvm_run, kvm_xcrs, kvm_xsave, kvm_xsave2,
+};
+use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
+use nix::libc;
+use vmm_sys_util::fam::FamStruct;
+use vmm_sys_util::ioctl_io_nr;
+
+use super::{Kick, KvmError, KvmVm, convert, cpuid, ioctl, kick};
+use crate::exit::{Direction, ExitKind, InternalError, PortAccess, VmExit};
+use crate::regs::Registers;
+use crate::state::VcpuState;
+
+const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
+const APIC_LVT1: usize = 0x360;
+const APIC_MODE_NMI: u32 = 0x400;
+
+ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+
+/// KVM's binary statistics of a VM or a vCPU.
+pub(super) fn stats_file(fd: &impl AsRawFd) -> Result<File, KvmError> {
+    // SAFETY: the ioctl takes no argument and returns a new descriptor or -1.
+    let stats = unsafe { vmm_sys_util::ioctl::ioctl(fd, KVM_GET_STATS_FD()) };
+    if stats < 0 {
+        let source = std::io::Error::last_os_error();
+        return Err(KvmError::Ioctl {
+            action: "open its statistics",
+            source,
+        });
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { File::from_raw_fd(stats) })
+}
+
+/// What a vCPU counts about itself; written by its thread, read by any.
+#[derive(Debug, Default)]
+pub struct Counters {
+    exits: [AtomicU64; ExitKind::ALL.len()],
+    guest_ns: AtomicU64,
+}
+
+impl Counters {
+    /// Exits of one kind so far.
+    pub fn exits(&self, kind: ExitKind) -> u64 {
+        self.exits[kind as usize].load(Relaxed)
+    }
+
+    /// Nanoseconds spent in KVM_RUN so far: guest code, and what KVM does for it in the kernel.
+    pub fn guest_ns(&self) -> u64 {
+        self.guest_ns.load(Relaxed)
+    }
+}
+
+/// A vCPU. It belongs to the thread that runs it.
+#[derive(Debug)]
+pub struct KvmVcpu {
+    fd: VcpuFd,
+    vm: Arc<KvmVm>,
+    index: u32,
+    counters: Arc<Counters>,
+    armed: bool,
+}
+
+impl KvmVcpu {
+    pub(super) fn new(vm: Arc<KvmVm>, index: u32) -> Result<Self, KvmError> {
+        let apic_id = vm.policy.cpuid.topology.apic_id(index);
+        let fd = vm
+            .fd
+            .create_vcpu(apic_id.into())
+            .map_err(ioctl("create a vCPU"))?;
+        let tsc_khz = fd.get_tsc_khz().ok();
+        let deadline = vm.fd.check_extension(Cap::TscDeadlineTimer);
+        let cpuid = cpuid::build(
+            &vm.supported_cpuid,
+            &vm.policy.cpuid,
+            apic_id,
+            tsc_khz,
+            deadline,
+        )?;
+        fd.set_cpuid2(&cpuid).map_err(ioctl("set a vCPU's CPUID"))?;
+        let mut vcpu = Self {
+            fd,
+            vm,
+            index,
+            counters: Arc::default(),
+            armed: false,
+        };
+        vcpu.wire_lint1()?;
+        Ok(vcpu)
+    }
+
+    /// LINT1 delivers NMIs, as firmware would have set it; KVM already has the PIC on LINT0.
+    fn wire_lint1(&mut self) -> Result<(), KvmError> {
+        let mut lapic = self.fd.get_lapic().map_err(ioctl("read a local APIC"))?;
+        for (to, byte) in lapic.regs[APIC_LVT1..]
+            .iter_mut()
+            .zip(APIC_MODE_NMI.to_le_bytes())
+        {
+            *to = byte as libc::c_char;
+        }
+        self.fd.set_lapic(&lapic).map_err(ioctl("set a local APIC"))
+    }
+
+    /// The vCPU's number, from 0.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
+    /// The vCPU's KVM statistics, as a file to read with [`crate::stats`].
+    ///
+    /// # Errors
+    ///
+    /// This KVM has no binary statistics (before Linux 5.14).
+    pub fn stats_file(&self) -> Result<File, KvmError> {
+        stats_file(&self.fd)
+    }
+
+    /// Makes the calling thread the one that runs this vCPU, and returns the means to interrupt it.
+    pub fn bind_thread(&mut self) -> Kick {
+        self.armed = true;
+        let flag = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit);
+        // SAFETY: the flag is in the kvm_run mapping, which lives as long as `fd`; the destructor
+        // disarms before that ends. A vCPU does not leave its thread once it is bound.
+        unsafe { kick::arm(flag) }
+    }
+
+    /// Enters the guest until it needs user space.
+    ///
+    /// # Errors
+    ///
+    /// KVM_RUN failed for good.
+    pub fn run(&mut self) -> Result<VmExit, KvmError> {
+        let entry = Instant::now();
+        let exit = self.enter();
+        let spent = u64::try_from(entry.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.counters
+            .guest_ns
+            .store(self.counters.guest_ns() + spent, Relaxed);
+        self.fd.set_kvm_immediate_exit(0);
+        if let Ok(exit) = &exit {
+            let count = &self.counters.exits[exit.kind() as usize];
+            count.store(count.load(Relaxed) + 1, Relaxed);
+        }
+        exit
+    }
+
+    /// Completes the access that the last exit was for, without running the guest any further:
+    /// [`VmExit::Interrupted`] when the registers are consistent, another exit if the access has
+    /// another part (which is to be served, then this called again).
+    ///
+    /// # Errors
+    ///
+    /// KVM_RUN failed for good.
+    pub fn complete(&mut self) -> Result<VmExit, KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let exit = self.enter();
+        self.fd.set_kvm_immediate_exit(0);
+        exit
+    }
+
+    fn enter(&mut self) -> Result<VmExit, KvmError> {
+        let exit = match self.fd.run() {
+            Ok(exit) => match exit {
+                VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => return Ok(self.port_exit()),
+                VcpuExit::MmioRead(gpa, data) => VmExit::MmioRead {
+                    gpa,
+                    len: data.len(),
+                },
+                VcpuExit::MmioWrite(gpa, from) => {
+                    let mut data = [0; 8];
+                    data[..from.len()].copy_from_slice(from);
+                    VmExit::MmioWrite {
+                        gpa,
+                        data,
+                        len: from.len(),
+                    }
+                }
+                VcpuExit::X86Rdmsr(msr) => VmExit::Rdmsr { index: msr.index },
+                VcpuExit::X86Wrmsr(msr) => VmExit::Wrmsr {
+                    index: msr.index,
+                    value: msr.data,
+                },
+                VcpuExit::Hlt => VmExit::Hlt,
+                VcpuExit::Shutdown => VmExit::Shutdown,
+                VcpuExit::Intr => VmExit::Interrupted,
+                VcpuExit::Debug(debug) => VmExit::Debug {
+                    exception: debug.exception,
+                    pc: debug.pc,
+                },
+                VcpuExit::SystemEvent(kind, _) => VmExit::SystemEvent(kind),
+                VcpuExit::InternalError => return Ok(self.internal_error()),
+                VcpuExit::FailEntry(reason, _) => VmExit::EntryFailed { reason },
+                VcpuExit::MemoryFault { .. } => VmExit::OutOfMemory,
+                _ => return Ok(VmExit::Other(self.fd.get_kvm_run().exit_reason)),
+            },
+            Err(e) => match e.errno() {
+                // EAGAIN: this vCPU was started or stopped by another one.
+                libc::EINTR | libc::EAGAIN => VmExit::Interrupted,
+                libc::EFAULT | libc::ENOMEM | libc::ENOSPC => VmExit::OutOfMemory,
+                _ => return Err(ioctl("run a vCPU")(e)),
+            },
+        };
+        Ok(exit)
+    }
+
+    fn port_exit(&mut self) -> VmExit {
+        // SAFETY: KVM filled this member, as the exit reason says.
+        let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
+        let direction = match u32::from(io.direction) {
+            KVM_EXIT_IO_IN => Direction::In,
+            _ => Direction::Out,
+        };
+        VmExit::Port(PortAccess {
+            direction,
+            port: io.port,
+            size: io.size,
+            count: io.count,
+        })
+    }
+
+    fn internal_error(&mut self) -> VmExit {
+        // SAFETY: KVM filled this member, as the exit reason says.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let count = usize::try_from(internal.ndata)
+            .unwrap_or(0)
+            .min(internal.data.len());
+        let data = internal.data[..count].to_vec();
+        VmExit::InternalError(InternalError {
+            suberror: internal.suberror,
+            data,
+        })
+    }
+
+    /// The bytes of the port access that the last exit was for: `size * count` of them, to be read
+    /// (OUT) or to be filled (IN) before the next entry. Empty after any other exit.
+    pub fn pio_data(&mut self) -> &mut [u8] {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason != KVM_EXIT_IO {
+            return &mut [];
+        }
+        // SAFETY: KVM filled this member, as the exit reason says.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let start = ptr::from_mut::<kvm_run>(run).cast::<u8>();
+        // SAFETY: KVM puts the data at this offset into the mapping that kvm_run begins, which
+        // lives as long as `fd`; the slice borrows `self`, so no other reference exists.
+        unsafe {
+            let data = start.add(usize::try_from(io.data_offset).unwrap_or(0));
+            std::slice::from_raw_parts_mut(data, usize::from(io.size) * io.count as usize)
+        }
+    }
+
+    /// Answers the [`VmExit::MmioRead`] of the last exit, little endian.
+    pub fn set_mmio_data(&mut self, value: u64) {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason == KVM_EXIT_MMIO {
+            run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
+        }
+    }
+
+    /// Answers the [`VmExit::Rdmsr`] or [`VmExit::Wrmsr`] of the last exit: a value (which a write
+    /// ignores), or none for a #GP in the guest.
+    pub fn answer_msr(&mut self, value: Option<u64>) {
+        let run = self.fd.get_kvm_run();
+        if matches!(run.exit_reason, KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
+            run.__bindgen_anon_1.msr.error = value.is_none().into();
+            run.__bindgen_anon_1.msr.data = value.unwrap_or(0);
+        }
+    }
+
+    /// All registers, consistent only after [`KvmVcpu::complete`].
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses a read; the error says which.
+    pub fn registers(&self) -> Result<Registers, KvmError> {
+        let mut regs = Registers::default();
+        convert::from_regs(
+            &self.fd.get_regs().map_err(ioctl("read registers"))?,
+            &mut regs,
+        );
+        let sregs = self
+            .fd
+            .get_sregs()
+            .map_err(ioctl("read system registers"))?;
+        convert::from_sregs(&sregs, &mut regs);
+        let debug = self
+            .fd
+            .get_debug_regs()
+            .map_err(ioctl("read debug registers"))?;
+        convert::from_debugregs(&debug, &mut regs);
+        // A processor without XSAVE has no XCR0: the reset value stands for it.
+        regs.xcr0 = self.fd.get_xcrs().ok().and_then(|x| xcr0(&x)).unwrap_or(1);
+        regs.kgs_base = self.msr(MSR_KERNEL_GS_BASE)?;
+        let events = self
+            .fd
+            .get_vcpu_events()
+            .map_err(ioctl("read pending events"))?;
+        regs.intr_shadow = events.interrupt.shadow.into();
+        Ok(regs)
+    }
+
+    /// Sets those registers that differ from what the vCPU has.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses a value, as a processor would; what was set before it stays.
+    pub fn set_registers(&self, regs: &Registers) -> Result<(), KvmError> {
+        let old = self.registers()?;
+        let sregs = self
+            .fd
+            .get_sregs()
+            .map_err(ioctl("read system registers"))?;
+        let wanted = convert::to_sregs(regs, &sregs);
+        if wanted != sregs {
+            self.fd
+                .set_sregs(&wanted)
+                .map_err(ioctl("set these segments, control registers or EFER"))?;
+        }
+        let wanted = convert::to_regs(regs);
+        if wanted != convert::to_regs(&old) {
+            self.fd
+                .set_regs(&wanted)
+                .map_err(ioctl("set these registers"))?;
+        }
+        let wanted = convert::to_debugregs(regs);
+        if wanted != convert::to_debugregs(&old) {
+            self.fd
+                .set_debug_regs(&wanted)
+                .map_err(ioctl("set these debug registers"))?;
+        }
+        if regs.xcr0 != old.xcr0 {
+            self.fd
+                .set_xcrs(&xcrs(regs.xcr0))
+                .map_err(ioctl("set this XCR0"))?;
+        }
+        if regs.kgs_base != old.kgs_base {
+            self.set_msrs(&[(MSR_KERNEL_GS_BASE, regs.kgs_base)])?;
+        }
+        if regs.intr_shadow != old.intr_shadow {
+            let mut events = self
+                .fd
+                .get_vcpu_events()
+                .map_err(ioctl("read pending events"))?;
+            events.interrupt.shadow = (regs.intr_shadow & 3) as u8;
+            events.flags = kvm_bindings::KVM_VCPUEVENT_VALID_SHADOW;
+            self.fd
+                .set_vcpu_events(&events)
+                .map_err(ioctl("set the interrupt shadow"))?;
+        }
+        Ok(())
+    }
+
+    /// The whole vCPU. KVM_GET_MP_STATE comes first, because it may still deliver an INIT or SIPI,
+    /// and the pending events last, because reading other state may change them.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses a read; the error says which.
+    pub fn capture(&self) -> Result<VcpuState, KvmError> {
+        let mp_state = self
+            .fd
+            .get_mp_state()
+            .map_err(ioctl("read a vCPU's activity"))?;
+        let registers = self.registers()?;
+        let lapic = self.fd.get_lapic().map_err(ioctl("read a local APIC"))?;
+        Ok(VcpuState {
+            registers,
+            activity: convert::activity(&mp_state),
+            msrs: self.all_msrs(),
+            xsave: self.xsave()?,
+            lapic: lapic.regs.iter().map(|&c| c as u8).collect(),
+            tsc_khz: self.fd.get_tsc_khz().ok(),
+            events: Some(convert::events(
+                &self
+                    .fd
+                    .get_vcpu_events()
+                    .map_err(ioctl("read pending events"))?,
+            )),
+        })
+    }
+
+    /// Puts a captured or a loaded state in place; what the state leaves out stays as KVM made it.
+    /// The local APIC comes after the system registers, which hold its base, and before the MSRs,
+    /// of which the TSC deadline needs its timer mode; the activity comes last.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses a part; the error says which.
+    pub fn restore(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+        if let Some(khz) = state
+            .tsc_khz
+            .filter(|_| self.vm.kvm.check_extension(Cap::TscControl))
+        {
+            self.fd
+                .set_tsc_khz(khz)
+                .map_err(ioctl("set the time stamp counter's frequency"))?;
+        }
+        self.set_registers(&state.registers)?;
+        if !state.xsave.is_empty() {
+            self.set_xsave(&state.xsave)?;
+        }
+        if !state.lapic.is_empty() {
+            self.set_lapic(&state.lapic)?;
+        }
+        let msrs: Vec<_> = state
+            .msrs
+            .iter()
+            .map(|(&index, &value)| (index, value))
+            .collect();
+        self.set_msrs(&msrs)?;
+        if let Some(events) = &state.events {
+            let events = convert::kvm_events(events, state.registers.intr_shadow);
+            self.fd
+                .set_vcpu_events(&events)
+                .map_err(ioctl("set pending events"))?;
+        }
+        if let Some(activity) = state.activity {
+            self.fd
+                .set_mp_state(convert::mp_state(activity))
+                .map_err(ioctl("set a vCPU's activity"))?;
+        }
+        Ok(())
+    }
+
+    /// Sends a non-maskable interrupt.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses it.
+    pub fn nmi(&self) -> Result<(), KvmError> {
+        self.fd.nmi().map_err(ioctl("send an NMI"))
+    }
+
+    fn msr(&self, index: u32) -> Result<u64, KvmError> {
+        let mut msrs = msr_list(&[(index, 0)])?;
+        let got = self.fd.get_msrs(&mut msrs).map_err(ioctl("read an MSR"))?;
+        Ok(msrs
+            .as_slice()
+            .first()
+            .filter(|_| got == 1)
+            .map_or(0, |m| m.data))
+    }
+
+    /// Every MSR that KVM lists and that can be read; KVM stops at each that cannot.
+    fn all_msrs(&self) -> BTreeMap<u32, u64> {
+        let mut values = BTreeMap::new();
+        let mut rest = self.vm.msrs.as_slice();
+        while !rest.is_empty() {
+            let batch: Vec<_> = rest.iter().take(256).map(|&index| (index, 0)).collect();
+            let Ok(mut msrs) = msr_list(&batch) else {
+                break;
+            };
+            let got = self.fd.get_msrs(&mut msrs).unwrap_or(0).min(batch.len());
+            values.extend(msrs.as_slice()[..got].iter().map(|m| (m.index, m.data)));
+            let unreadable = usize::from(got < batch.len());
+            rest = &rest[got + unreadable..];
+        }
+        values
+    }
+
+    /// Sets MSRs, skipping those that have the value already: KVM lists some that it will not set.
+    fn set_msrs(&self, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
+        for &(index, value) in msrs {
+            if self.msr(index)? == value {
+                continue;
+            }
+            let set = self
+                .fd
+                .set_msrs(&msr_list(&[(index, value)])?)
+                .map_err(ioctl("set an MSR"))?;
+            if set != 1 {
+                return Err(KvmError::Msr { index, value });
+            }
+        }
+        Ok(())
+    }
+
+    fn xsave(&self) -> Result<Vec<u8>, KvmError> {
+        let mut area = self.xsave_area()?;
+        if self.vm.fd.check_extension(Cap::Xsave2) {
+            // SAFETY: the area has the size that KVM_CAP_XSAVE2 says.
+            unsafe { self.fd.get_xsave2(&mut area) }.map_err(ioctl("read the XSAVE area"))?;
+        } else {
+            let plain = self.fd.get_xsave().map_err(ioctl("read the XSAVE area"))?;
+            // SAFETY: only the fixed part is replaced; the (empty) array behind it stays.
+            unsafe { area.as_mut_fam_struct() }.xsave = plain;
+        }
+        // SAFETY: kvm_xsave and the entries behind it are plain integers without padding, and the
+        // wrapper allocated exactly `xsave_size` bytes of them, rounded up to an entry.
+        Ok(unsafe {
+            let start = ptr::from_ref(&area.as_fam_struct_ref().xsave).cast::<u8>();
+            std::slice::from_raw_parts(start, self.vm.xsave_size)
+        }
+        .to_vec())
+    }
+
+    fn set_xsave(&self, bytes: &[u8]) -> Result<(), KvmError> {
+        let size = self.vm.xsave_size;
+        if bytes.len() != size {
+            let text = format!("an XSAVE area of {} bytes, {size} here", bytes.len());
+            return Err(KvmError::State(text));
+        }
+        let mut area = self.xsave_area()?;
+        // SAFETY: as in `xsave`: the area has at least `size` bytes of plain integers.
+        unsafe {
+            let start = ptr::from_mut(&mut area.as_mut_fam_struct().xsave).cast::<u8>();
+            ptr::copy_nonoverlapping(bytes.as_ptr(), start, size);
+            self.fd.set_xsave2(&area)
+        }
+        .map_err(ioctl("set the XSAVE area"))
+    }
+
+    fn xsave_area(&self) -> Result<Xsave, KvmError> {
+        let extra = self.vm.xsave_size - size_of::<kvm_xsave>();
+        let entries = extra.div_ceil(size_of::<<kvm_xsave2 as FamStruct>::Entry>());
+        Xsave::new(entries).map_err(|e| KvmError::State(format!("XSAVE area: {e:?}")))
+    }
+
+    fn set_lapic(&self, bytes: &[u8]) -> Result<(), KvmError> {
+        let mut lapic = kvm_lapic_state::default();
+        if bytes.len() != lapic.regs.len() {
+            let text = format!("a local APIC of {} bytes", bytes.len());
+            return Err(KvmError::State(text));
+        }
+        for (to, &from) in lapic.regs.iter_mut().zip(bytes) {
+            *to = from as libc::c_char;
+        }
+        self.fd.set_lapic(&lapic).map_err(ioctl("set a local APIC"))
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        if self.armed {
+            kick::disarm();
+        }
+    }
+}
+
+fn msr_list(msrs: &[(u32, u64)]) -> Result<Msrs, KvmError> {
+    let entry = |&(index, data): &(u32, u64)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries: Vec<_> = msrs.iter().map(entry).collect();
+    Msrs::from_entries(&entries).map_err(|e| KvmError::State(format!("MSRs: {e:?}")))
+}
+
+fn xcr0(kvm: &kvm_xcrs) -> Option<u64> {
+    let count = usize::try_from(kvm.nr_xcrs).ok()?;
+    kvm.xcrs
+        .iter()
+        .take(count)
+        .find(|x| x.xcr == 0)
+        .map(|x| x.value)
+}
+
+fn xcrs(xcr0: u64) -> kvm_xcrs {
+    let mut kvm = kvm_xcrs {
+        nr_xcrs: 1,
+        ..kvm_xcrs::default()
+    };
+    kvm.xcrs[0].value = xcr0;
+    kvm
+}
