@@ -1,1 +1,18 @@
-//! Loads a guest kernel into a named virtual machine, without /dev/kvm
+//! Loads a guest kernel into a named virtual machine, without /dev/kvm.
+//!
+//! bhyveload's place in rhyve. Data flows one way: [`cli`] makes a [`load::Job`], [`plan`] reads the
+//! kernel's headers and says what goes where, [`load`] carries that out on the VM object. The boot
+//! protocols ([`freebsd`]) are pure functions from headers to plans.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod copy;
+pub mod elf;
+pub mod freebsd;
+pub mod load;
+pub mod plan;
+pub mod source;
+pub mod space;
+
+pub use plan::plan_kernel;

@@ -1,3 +1,44 @@
 //! The `rhyveload` program.
 
-fn main() {}
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use rhyveload::cli::{Cli, lines};
+use rhyveload::load::load;
+use vmm_api::root::Root;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rhyveload: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
+    let (json, quiet) = (cli.json, cli.quiet);
+    let loaded = load(&Root::open()?, &cli.job())?;
+    let text = match (json, quiet) {
+        (true, _) => serde_json::to_string(&loaded)? + "\n",
+        (false, true) => String::new(),
+        (false, false) => lines(&loaded),
+    };
+    // The VM is loaded, whether or not somebody still reads about it.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+/// `outer: cause: its cause`.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

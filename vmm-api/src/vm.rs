@@ -417,6 +417,12 @@ impl LockedVm {
         layout.validate().map_err(memory)?;
         self.remove_memory(state)?;
         state.machine.memory = MemoryLayout::default();
+        state.machine.mem_path = setup.path.clone();
+        if setup.path.is_some() {
+            // On record before it is there: a memory file elsewhere is found even if its maker is
+            // killed right after.
+            self.store(state)?;
+        }
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL;
         let (file, place) = match &setup.path {
             None => (self.open_file(MEMORY, flags), self.path.clone()),
@@ -435,8 +441,16 @@ impl LockedVm {
             path: place.clone(),
             source,
         };
-        let file = file.map_err(io)?;
-        state.machine.mem_path = setup.path.clone();
+        let file = match file {
+            Ok(file) => file,
+            Err(error) => {
+                // Whose file it is that is in the way is not known: forget it.
+                if state.machine.mem_path.take().is_some() {
+                    self.store(state)?;
+                }
+                return Err(io(error));
+            }
+        };
         let segment = |room: u64| {
             if layout.lowmem > room {
                 "lowmem"

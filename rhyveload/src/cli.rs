@@ -1,0 +1,121 @@
+//! The command line, and what is printed.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use vmm_api::memory::{MemSize, MemoryLayout};
+use vmm_api::name::VmName;
+use vmm_api::vm::MemorySetup;
+
+use crate::freebsd::env::EnvVar;
+use crate::load::{Job, Loaded};
+use crate::plan::Boot;
+
+const EXAMPLES: &str = "\
+Examples:
+  rhyveload --kernel kernel.elf guest0
+      Loads a FreeBSD kernel or a plain static ELF64 file into guest0, with 256 MiB.
+  rhyveload -m 768 -M 2048 -e boot_verbose=YES --kernel kernel guest0
+      768 MiB of lowmem, 2 GiB of highmem from 4 GiB on, and a kernel variable.
+
+A VM that exists is loaded anew; one that runs is refused. Then run it with rhyve, look into it
+with vmmctl --vm=NAME --get-all, and remove it with vmmctl --vm=NAME --destroy.
+
+VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.
+
+Exit status: 0 loaded, 1 not loaded (one line on standard error says why), 2 bad usage.";
+
+/// Load a guest kernel into a named virtual machine.
+///
+/// The VM is made if it is not there: its memory is filled, its first vCPU's registers are set, and
+/// it waits for rhyve to run it. /dev/kvm is not needed.
+#[derive(Debug, Parser)]
+#[command(name = "rhyveload", version, after_long_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// Memory: lowmem up to 3 GiB, the rest from 4 GiB on. A number counts MiB, or has K, M, G or T
+    /// behind it.
+    #[arg(short = 'm', value_name = "SIZE", default_value = "256M")]
+    pub memory: MemSize,
+
+    /// Highmem, from 4 GiB on; -m is then lowmem alone, as in 2012.
+    #[arg(short = 'M', value_name = "SIZE")]
+    pub highmem: Option<MemSize>,
+
+    /// Allocate all guest memory now.
+    #[arg(short = 'S', long)]
+    pub wire: bool,
+
+    /// Set a variable of a FreeBSD kernel's environment; may be repeated.
+    #[arg(short = 'e', value_name = "NAME=VALUE")]
+    pub env: Vec<EnvVar>,
+
+    /// Keep the memory file in this directory (hugetlbfs, another tmpfs) instead of in the VM.
+    #[arg(long, value_name = "DIR")]
+    pub mem_path: Option<PathBuf>,
+
+    /// The kernel file; what it is, is recognized by its content.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+
+    /// The initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// The kernel's command line; a FreeBSD or plain kernel gets it as the variable `cmdline`.
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+
+    /// How the kernel is entered.
+    #[arg(long, value_enum, default_value_t, value_name = "PROTOCOL")]
+    pub boot: Boot,
+
+    /// Print one JSON object instead of lines.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print nothing but errors.
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
+
+    /// Name of the VM: 1 to 31 of A-Z a-z 0-9 . _ -
+    #[arg(value_name = "VM")]
+    pub name: VmName,
+}
+
+impl Cli {
+    /// The job that these options describe.
+    pub fn job(self) -> Job {
+        let layout = match self.highmem {
+            None => MemoryLayout::split(self.memory),
+            Some(highmem) => MemoryLayout {
+                lowmem: self.memory.0,
+                highmem: highmem.0,
+            },
+        };
+        Job {
+            name: self.name,
+            memory: MemorySetup {
+                layout,
+                wire: self.wire,
+                path: self.mem_path,
+            },
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            env: self.env,
+            boot: self.boot,
+        }
+    }
+}
+
+/// What bhyveload prints of a load, and where it starts.
+pub fn lines(loaded: &Loaded) -> String {
+    let mut text = format!("{} {}\n", loaded.kernel, loaded.summary);
+    if let Some(initrd) = &loaded.initrd {
+        text += &format!(
+            "{} size {:#x} at {:#x}\n",
+            initrd.path, initrd.size, initrd.gpa
+        );
+    }
+    text + &format!("entry={:#x} protocol={}\n", loaded.entry, loaded.protocol)
+}

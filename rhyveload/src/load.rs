@@ -1,0 +1,271 @@
+//! A load from beginning to end: open, plan, take the VM, copy, store.
+//!
+//! The order is what keeps a VM whole. The kernel is opened and planned before the object is
+//! touched, so a bad kernel changes nothing. From the first change until everything is in place the
+//! object says `created` and has no memory on record: whoever finds it after a `kill -9`, or after
+//! the file system ran full, can load it again or destroy it.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use vmm_api::memory::{MemoryError, MemoryLayout};
+use vmm_api::name::VmName;
+use vmm_api::root::{Root, RootError};
+use vmm_api::state::{BootInfo, Phase, VcpuState, VmState};
+use vmm_api::vm::{LockedVm, MemorySetup, Vm, VmError};
+
+use crate::copy::{CopyError, copy};
+use crate::freebsd::env::EnvVar;
+use crate::plan::{Boot, LoadPlan, PlanError, Protocol, Request, Segment, plan};
+use crate::source::{FileSource, Source};
+
+/// Who holds the lock while a VM is loaded.
+const PROGRAM: &str = "rhyveload";
+
+/// What the user wants.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The VM.
+    pub name: VmName,
+    /// Its memory.
+    pub memory: MemorySetup,
+    /// The kernel file.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The command line.
+    pub cmdline: Option<String>,
+    /// FreeBSD kernel environment.
+    pub env: Vec<EnvVar>,
+    /// The boot protocol.
+    pub boot: Boot,
+}
+
+/// What was loaded, for `--json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Loaded {
+    /// The VM.
+    pub vm: VmName,
+    /// The kernel file.
+    pub kernel: String,
+    /// How it will be entered.
+    pub protocol: Protocol,
+    /// bhyveload's `text=0x... data=0x...`.
+    pub summary: String,
+    /// Where the first vCPU starts.
+    pub entry: u64,
+    /// What was copied out of the kernel file.
+    pub segments: Vec<Segment>,
+    /// The initial RAM disk.
+    pub initrd: Option<Initrd>,
+    /// The command line.
+    pub cmdline: Option<String>,
+    /// The VM's RAM.
+    pub memory: MemoryLayout,
+}
+
+/// Where an initial RAM disk lies.
+#[derive(Clone, Debug, Serialize)]
+pub struct Initrd {
+    /// Its file.
+    pub path: String,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// Why a VM could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The root of all objects.
+    #[error(transparent)]
+    Root(#[from] RootError),
+    /// The object.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A file cannot be opened.
+    #[error("{}: cannot open it", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The initial RAM disk has no bytes.
+    #[error("{}: the initial RAM disk is empty", .0.display())]
+    EmptyInitrd(PathBuf),
+    /// There is no RAM to load into.
+    #[error("a VM needs some lowmem: give it more than 0 with -m")]
+    NoMemory,
+    /// The kernel cannot be loaded.
+    #[error("{}", path.display())]
+    Plan {
+        /// The kernel file.
+        path: PathBuf,
+        /// What is wrong.
+        source: PlanError,
+    },
+    /// A file's bytes did not get into guest memory.
+    #[error("{}", path.display())]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: CopyError,
+    },
+    /// The loader's own bytes did not get into guest memory.
+    #[error("vm_load({0})")]
+    Write(VmName, #[source] MemoryError),
+}
+
+/// Loads a VM.
+///
+/// # Errors
+///
+/// Something is wrong with the kernel, the request or the VM. A VM that did not exist before does
+/// not exist then; one that did is as it was, or, if copying had begun, `created` without memory.
+pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
+    let existing = match Vm::open(root, &job.name) {
+        Ok(vm) => Some(vm.lock(PROGRAM)?),
+        Err(VmError::NotFound(_)) => None,
+        Err(error) => return Err(error.into()),
+    };
+    if job.memory.layout.lowmem == 0 {
+        return Err(LoadError::NoMemory);
+    }
+    let kernel = open(&job.kernel)?;
+    let initrd = match &job.initrd {
+        Some(path) => Some((path, open(path)?)),
+        None => None,
+    };
+    if let Some((path, file)) = &initrd
+        && file.size() == 0
+    {
+        return Err(LoadError::EmptyInitrd((*path).clone()));
+    }
+    let request = Request {
+        layout: job.memory.layout,
+        boot: job.boot,
+        kernel: &job.kernel.to_string_lossy(),
+        cmdline: job.cmdline.as_deref(),
+        env: &job.env,
+        initrd: initrd.as_ref().map(|(_, file)| file.size()),
+    };
+    let plan = plan(&kernel, &request).map_err(|source| LoadError::Plan {
+        path: job.kernel.clone(),
+        source,
+    })?;
+
+    let fresh = existing.is_none();
+    let mut vm = match existing {
+        Some(vm) => vm,
+        None => Vm::create(root, &job.name, PROGRAM)?,
+    };
+    let filled = fill(&mut vm, job, &plan, &kernel, initrd.as_ref().map(|i| &i.1));
+    if let Err(error) = filled {
+        abandon(vm, fresh);
+        return Err(error);
+    }
+    Ok(report(job, plan, initrd.as_ref().map(|i| &i.1)))
+}
+
+fn open(path: &Path) -> Result<FileSource, LoadError> {
+    File::open(path)
+        .and_then(FileSource::new)
+        .map_err(|source| LoadError::Open {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// bhyve's vm_reinit and what follows: memory anew, everything copied, the state stored last.
+fn fill(
+    vm: &mut LockedVm,
+    job: &Job,
+    plan: &LoadPlan,
+    kernel: &FileSource,
+    initrd: Option<&FileSource>,
+) -> Result<(), LoadError> {
+    // A damaged vm.json does not keep a VM from being loaded again.
+    let old = vm.load_state().unwrap_or_else(|_| VmState::created());
+    let mut state = emptied(&old);
+    vm.store(&mut state)?;
+    vm.setup_memory(&mut state, &job.memory)?;
+    let ram = vm.map_memory(&state)?;
+
+    let copied = |path: &Path| {
+        let path = path.to_owned();
+        move |source| LoadError::Copy { path, source }
+    };
+    for segment in &plan.segments {
+        copy(kernel, segment.offset, segment.filesz, &ram, segment.gpa)
+            .map_err(copied(&job.kernel))?;
+    }
+    if let (Some(path), Some(file), Some(gpa)) = (&job.initrd, initrd, plan.initrd) {
+        copy(file, 0, file.size(), &ram, gpa).map_err(copied(path))?;
+    }
+    for blob in &plan.blobs {
+        ram.write(blob.gpa, &blob.bytes)
+            .map_err(|source| LoadError::Write(job.name.clone(), source))?;
+    }
+
+    state.phase = Phase::Loaded;
+    state.vcpus = vec![VcpuState {
+        registers: plan.registers.clone(),
+        ..VcpuState::reset()
+    }];
+    state.machine.boot = Some(BootInfo {
+        kernel: job.kernel.to_string_lossy().into_owned(),
+        protocol: plan.protocol.to_string(),
+        cmdline: job.cmdline.clone(),
+    });
+    vm.store(&mut state)?;
+    Ok(vm.remove_control()?)
+}
+
+/// A VM without memory and registers. It remembers where its memory file is, so that the file is
+/// found when it is to be removed.
+fn emptied(old: &VmState) -> VmState {
+    let mut state = VmState::created();
+    state.generation = old.generation;
+    state.machine.mem_path = old.machine.mem_path.clone();
+    state
+}
+
+/// Leaves a VM that could not be filled. What goes wrong here is not worth more than the error that
+/// led here: the object stays `created`.
+fn abandon(mut vm: LockedVm, fresh: bool) {
+    if fresh {
+        let _ = vm.destroy();
+        return;
+    }
+    // Partly copied memory is of no use, and may be what fills the file system.
+    if let Ok(state) = vm.load_state() {
+        let mut state = emptied(&state);
+        let none = MemorySetup::default();
+        let _ = vm.setup_memory(&mut state, &none);
+        let _ = vm.store(&mut state);
+    }
+}
+
+fn report(job: &Job, plan: LoadPlan, initrd: Option<&FileSource>) -> Loaded {
+    let place = job.initrd.as_ref().zip(initrd).zip(plan.initrd);
+    Loaded {
+        vm: job.name.clone(),
+        kernel: job.kernel.to_string_lossy().into_owned(),
+        protocol: plan.protocol,
+        summary: plan.summary,
+        entry: plan.registers.rip,
+        segments: plan.segments,
+        initrd: place.map(|((path, file), gpa)| Initrd {
+            path: path.to_string_lossy().into_owned(),
+            gpa,
+            size: file.size(),
+        }),
+        cmdline: job.cmdline.clone(),
+        memory: job.memory.layout,
+    }
+}

@@ -1,0 +1,177 @@
+//! What a load will do, worked out before anything is touched.
+//!
+//! [`plan`] looks at a kernel's headers and at what the user asked for and says which bytes of the
+//! file go where, what the loader adds, and how the first vCPU starts. It reads no file but the
+//! kernel and writes nothing, so a damaged kernel leaves every VM as it was, and any bytes at all
+//! can be planned ([`plan_kernel`]).
+
+use std::fmt;
+
+use serde::Serialize;
+use vmm_api::memory::{MemSize, MemoryLayout};
+use vmm_api::regs::Registers;
+
+use crate::elf::{self, Elf, ElfError};
+use crate::freebsd::env::EnvVar;
+use crate::freebsd::{self, FreebsdError};
+use crate::source::Source;
+use crate::space::SpaceError;
+
+/// What to load, beside the kernel's bytes.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// The VM's RAM.
+    pub layout: MemoryLayout,
+    /// Which boot protocol.
+    pub boot: Boot,
+    /// The kernel's path: a FreeBSD kernel is told what it was loaded from.
+    pub kernel: &'a str,
+    /// Command line, without a NUL.
+    pub cmdline: Option<&'a str>,
+    /// FreeBSD kernel environment.
+    pub env: &'a [EnvVar],
+    /// Length of the initial RAM disk in bytes.
+    pub initrd: Option<u64>,
+}
+
+/// Which boot protocol is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Boot {
+    /// What the file's content says.
+    #[default]
+    Auto,
+    /// FreeBSD's hand-off: kernel at its virtual address, metadata, kernel environment.
+    Freebsd,
+    /// FreeBSD's hand-off for a static ELF64 file that is loaded at its physical addresses.
+    Plain,
+}
+
+/// Which boot protocol a plan follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// FreeBSD/amd64.
+    Freebsd,
+    /// A static ELF64 file, entered as a FreeBSD kernel is.
+    Plain,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Freebsd => "freebsd",
+            Self::Plain => "plain",
+        })
+    }
+}
+
+/// Bytes of the kernel file and where they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Segment {
+    /// First byte in the file (in the decompressed file, if it is compressed).
+    pub offset: u64,
+    /// Bytes that are copied.
+    pub filesz: u64,
+    /// Bytes in memory; what is not copied stays zero, because the RAM is fresh.
+    pub memsz: u64,
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+}
+
+/// Bytes that the loader makes itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blob {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Everything a load does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadPlan {
+    /// How the kernel is entered.
+    pub protocol: Protocol,
+    /// What is copied from the kernel file.
+    pub segments: Vec<Segment>,
+    /// What the loader adds.
+    pub blobs: Vec<Blob>,
+    /// Where the initial RAM disk goes.
+    pub initrd: Option<u64>,
+    /// The state in which vCPU 0 starts.
+    pub registers: Registers,
+    /// What is said of the kernel behind its name: bhyveload's `text=0x... data=0x...+0x...`.
+    pub summary: String,
+}
+
+/// Why a kernel cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The file cannot be read.
+    #[error("cannot read it")]
+    Read(#[source] std::io::Error),
+    /// No kernel of any kind.
+    #[error(
+        "not a kernel that rhyveload knows: neither an ELF64 file nor a Linux bzImage, and not \
+        compressed with gzip, zstd, xz or lz4"
+    )]
+    Unknown,
+    /// An option that the protocol has no use for.
+    #[error("{option} is not for {protocol} kernels: {why}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// The protocol.
+        protocol: Protocol,
+        /// Why.
+        why: &'static str,
+    },
+    /// ELF headers.
+    #[error(transparent)]
+    Elf(#[from] ElfError),
+    /// No place in memory.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
+    /// FreeBSD's hand-off.
+    #[error(transparent)]
+    Freebsd(#[from] FreebsdError),
+}
+
+/// Plans the load of a kernel, which is recognized by its content.
+///
+/// # Errors
+///
+/// It is no kernel, its headers lie, it does not fit, or the request asks what its boot protocol
+/// cannot do.
+pub fn plan(image: &(impl Source + ?Sized), request: &Request<'_>) -> Result<LoadPlan, PlanError> {
+    let head = image.head(elf::HEAD).map_err(PlanError::Read)?;
+    if !head.starts_with(elf::MAGIC) {
+        return Err(PlanError::Unknown);
+    }
+    let elf = Elf::parse(&head, image)?;
+    let protocol = match request.boot {
+        Boot::Freebsd => Protocol::Freebsd,
+        Boot::Plain => Protocol::Plain,
+        Boot::Auto if elf.os_abi == elf::OSABI_FREEBSD => Protocol::Freebsd,
+        Boot::Auto => Protocol::Plain,
+    };
+    freebsd::plan(&elf, protocol, request)
+}
+
+/// Plans the load of arbitrary bytes into a VM of 256 MiB, for fuzz targets: never panics, touches
+/// nothing.
+///
+/// # Errors
+///
+/// As [`plan`].
+pub fn plan_kernel(bytes: &[u8]) -> Result<LoadPlan, PlanError> {
+    let request = Request {
+        layout: MemoryLayout::split(MemSize(256 << 20)),
+        boot: Boot::Auto,
+        kernel: "kernel",
+        cmdline: Some("console=ttyS0"),
+        env: &[],
+        initrd: None,
+    };
+    plan(bytes, &request)
+}

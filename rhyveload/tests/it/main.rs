@@ -1,0 +1,5 @@
+//! Loads made-up kernels, as plans and as a process.
+
+mod elf;
+mod kernels;
+mod process;

@@ -1,0 +1,171 @@
+//! `rhyveload` as a process.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+use vmm_api::root::Root;
+use vmm_api::state::{Phase, VmState};
+use vmm_api::vm::{Vm, VmError};
+
+use crate::kernels::plain;
+
+const EXE: &str = env!("CARGO_BIN_EXE_rhyveload");
+
+struct Place {
+    tmp: TempDir,
+    root: Root,
+}
+
+impl Place {
+    fn new() -> Self {
+        let tmp = tempfile::tempdir_in("/dev/shm").unwrap();
+        let root = Root::open_at(&tmp.path().join("root")).unwrap();
+        Self { tmp, root }
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.tmp.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    fn command(&self, args: &[&str], kernel: &Path) -> Command {
+        let mut command = Command::new(EXE);
+        command.env("RHYVE_ROOT", self.root.path());
+        command.args(args).arg("--kernel").arg(kernel).arg("guest0");
+        command
+    }
+
+    fn load(&self, args: &[&str], kernel: &Path) -> Output {
+        self.command(args, kernel).output().unwrap()
+    }
+
+    fn vm(&self) -> Vm {
+        Vm::open(&self.root, &"guest0".parse().unwrap()).unwrap()
+    }
+
+    fn state(&self) -> VmState {
+        self.vm().load_state().unwrap()
+    }
+
+    fn is_absent(&self) -> bool {
+        let opened = Vm::open(&self.root, &"guest0".parse().unwrap());
+        matches!(opened, Err(VmError::NotFound(_)))
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// The one line of a load that failed.
+fn stderr(output: &Output) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.starts_with("rhyveload: ") && text.lines().count() == 1,
+        "{text}"
+    );
+    text
+}
+
+#[test]
+fn a_plain_kernel_is_loaded_and_loaded_again() {
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    let args = ["-m", "16M", "-e", "x=y", "--cmdline", "hello"];
+    let text = stdout(&place.load(&args, &kernel));
+    assert!(text.contains("kernel text=0x5 data=0x4+0x1ffc\n"), "{text}");
+
+    let state = place.state();
+    assert_eq!(state.phase, Phase::Loaded);
+    assert_eq!(state.machine.memory.lowmem, 16 << 20);
+    assert_eq!(state.vcpus[0].registers.rip, 0x20_0000);
+    let boot = state.machine.boot.clone().unwrap();
+    assert_eq!(
+        (boot.protocol.as_str(), boot.cmdline.as_deref()),
+        ("plain", Some("hello"))
+    );
+    let memory = place.vm().open_memory(&state).unwrap();
+    let mut bytes = [0; 8];
+    memory.read(0x20_0000, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"\xf4text\0\0\0");
+    assert!(memory.resident().unwrap() < 64 << 10, "holes stay holes");
+
+    let text = stdout(&place.load(&["-m", "8", "-M", "4", "--json"], &kernel));
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["memory"]["highmem"], 4 << 20);
+    let again = place.state();
+    assert_eq!(
+        (again.machine.memory.lowmem, again.machine.memory.highmem),
+        (8 << 20, 4 << 20)
+    );
+    assert!(again.generation > state.generation);
+}
+
+#[test]
+fn a_vm_that_is_in_use_is_refused() {
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    stdout(&place.load(&["-m", "8"], &kernel));
+    let generation = place.state().generation;
+    let locked = place.vm().lock("rhyve").unwrap();
+    let text = stderr(&place.load(&["-m", "8"], &kernel));
+    assert!(
+        text.contains(&format!("in use by rhyve (pid {})", std::process::id())),
+        "{text}"
+    );
+    assert_eq!(place.state().generation, generation);
+    drop(locked);
+    stdout(&place.load(&["-m", "8"], &kernel));
+}
+
+#[test]
+fn a_bad_kernel_changes_nothing() {
+    let place = Place::new();
+    let bad = place.file("bad", b"#!/bin/sh\n");
+    let text = stderr(&place.load(&[], &bad));
+    assert!(text.contains("bad: not a kernel"), "{text}");
+    assert!(place.is_absent());
+    let good = place.file("kernel", &plain());
+    stdout(&place.load(&["-m", "8"], &good));
+    let before = place.state();
+    stderr(&place.load(&["-m", "16"], &bad));
+    stderr(&place.load(&["-m", "16"], &place.tmp.path().join("none")));
+    let directory = stderr(&place.load(&["-m", "16"], place.tmp.path()));
+    assert!(directory.contains("not a regular file"), "{directory}");
+    assert_eq!(place.state(), before);
+}
+
+#[test]
+fn a_damaged_state_is_no_obstacle() {
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    stdout(&place.load(&["-m", "8"], &kernel));
+    std::fs::write(place.vm().path().join("vm.json"), b"{ half").unwrap();
+    stdout(&place.load(&["-m", "8"], &kernel));
+    assert_eq!(place.state().phase, Phase::Loaded);
+}
+
+#[test]
+fn a_vm_larger_than_its_file_system_is_refused() {
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    let text = stderr(&place.load(&["-m", "60T"], &kernel));
+    assert!(
+        text.contains("vm_setup_memory(highmem): Cannot allocate memory"),
+        "{text}"
+    );
+    assert!(place.is_absent());
+    stdout(&place.load(&["-m", "8"], &kernel));
+    stderr(&place.load(&["-m", "60T"], &kernel));
+    let state = place.state();
+    assert_eq!(
+        (state.phase, state.machine.memory.total()),
+        (Phase::Created, 0)
+    );
+    stdout(&place.load(&["-m", "8"], &kernel));
+}
