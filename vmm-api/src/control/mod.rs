@@ -4,9 +4,16 @@
 //! speak the lines of [`proto`]. What the server asks of the machine is [`ControlTarget`], so that
 //! neither the protocol nor its tests need a hypervisor.
 
+pub mod client;
 pub mod proto;
+pub mod server;
 
+#[cfg(test)]
+mod tests;
+
+pub use client::{Client, ClientError};
 pub use proto::{Change, Hello, Refusal, RunPhase, Status};
+pub use server::Server;
 
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};
