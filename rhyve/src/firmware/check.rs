@@ -1,0 +1,745 @@
+//! Reads the tables back as a guest does: scan, checksum, walk. Nothing here knows how they were
+//! built; it goes by the standards' offsets alone.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use uuid::Uuid;
+use vmm_api::memory::{HIGHMEM_BASE, LOWMEM_LIMIT, MemoryLayout};
+
+use super::*;
+
+/// The BIOS area of a guest.
+struct Bios(Vec<u8>);
+
+impl Bios {
+    const BASE: u64 = 0xe_0000;
+
+    fn of(spec: &FirmwareSpec) -> Self {
+        let mut blobs = build(spec).unwrap();
+        blobs.sort_by_key(|blob| blob.gpa);
+        let mut end = Self::BASE;
+        let mut area = vec![0; 0x2_0000];
+        for Blob { gpa, bytes } in blobs {
+            assert!(gpa >= end, "blob at {gpa:#x} overlaps the one before");
+            end = gpa + bytes.len() as u64;
+            assert!(end <= 0x10_0000, "blob at {gpa:#x} ends at {end:#x}");
+            let at = (gpa - Self::BASE) as usize;
+            area[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        Self(area)
+    }
+
+    fn bytes(&self, gpa: u64, len: usize) -> &[u8] {
+        let at = (gpa - Self::BASE) as usize;
+        &self.0[at..at + len]
+    }
+
+    fn u16(&self, gpa: u64) -> u16 {
+        u16::from_le_bytes(self.bytes(gpa, 2).try_into().unwrap())
+    }
+
+    fn u32(&self, gpa: u64) -> u32 {
+        u32::from_le_bytes(self.bytes(gpa, 4).try_into().unwrap())
+    }
+
+    fn u64(&self, gpa: u64) -> u64 {
+        u64::from_le_bytes(self.bytes(gpa, 8).try_into().unwrap())
+    }
+
+    /// Bytes whose sum must be 0.
+    fn summed(&self, gpa: u64, len: usize) -> &[u8] {
+        let bytes = self.bytes(gpa, len);
+        let sum = bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        assert_eq!(sum, 0, "checksum of {len} bytes at {gpa:#x}");
+        bytes
+    }
+
+    /// The one place on a 16-byte boundary from `start` with this signature.
+    fn scan(&self, start: u64, signature: &[u8]) -> Option<u64> {
+        let mut found = (start..0x10_0000)
+            .step_by(16)
+            .filter(|gpa| self.bytes(*gpa, signature.len().min(16)) == signature);
+        let first = found.next();
+        assert_eq!(found.next(), None, "{} twice", signature.escape_ascii());
+        first
+    }
+
+    /// Entries of the MP table by type.
+    fn mp_entries(&self) -> (String, BTreeMap<u8, Vec<Vec<u8>>>) {
+        let pointer = self.scan(0xf_0000, b"_MP_").expect("an MP table");
+        let length = usize::from(self.bytes(pointer, 16)[8]) * 16;
+        assert_eq!(self.summed(pointer, length)[9], 4, "MP specification 1.4");
+        let table = self.u32(pointer + 4).into();
+        assert_eq!(self.bytes(table, 4), b"PCMP");
+        let length = self.u16(table + 4);
+        self.summed(table, length.into());
+        assert_eq!(self.u32(table + 36), 0xfee0_0000);
+        let id = String::from_utf8(self.bytes(table + 8, 20).to_vec()).unwrap();
+
+        let mut entries = BTreeMap::<u8, Vec<Vec<u8>>>::new();
+        let (mut at, end) = (table + 44, table + u64::from(length));
+        let mut last = 0;
+        for _ in 0..self.u16(table + 34) {
+            let kind = self.bytes(at, 1)[0];
+            assert!(kind >= last, "entries are sorted by type");
+            last = kind;
+            let length = if kind == 0 { 20 } else { 8 };
+            entries
+                .entry(kind)
+                .or_default()
+                .push(self.bytes(at, length).to_vec());
+            at += length as u64;
+        }
+        assert_eq!(at, end, "the entries end where the table does");
+        (id, entries)
+    }
+
+    /// Where the ACPI tables are, by signature, as RSDT and XSDT agree and FADT adds.
+    fn acpi(&self) -> BTreeMap<String, u64> {
+        let rsdp = self.scan(Self::BASE, b"RSD PTR ").expect("an RSDP");
+        assert_eq!(rsdp, RSDP_BASE);
+        self.summed(rsdp, 20);
+        assert_eq!((self.bytes(rsdp, 16)[15], self.u32(rsdp + 20)), (2, 36));
+        self.summed(rsdp, 36);
+        let (rsdt, xsdt) = (self.u32(rsdp + 16).into(), self.u64(rsdp + 24));
+        let entries = |table: u64, signature: &[u8], size: u64| -> Vec<u64> {
+            let length = self.table(table, signature);
+            let places = (36..length).step_by(size as usize);
+            let read = |at| {
+                if size == 8 {
+                    self.u64(table + at)
+                } else {
+                    self.u32(table + at).into()
+                }
+            };
+            places.map(read).collect()
+        };
+        let tables = entries(xsdt, b"XSDT", 8);
+        assert_eq!(tables, entries(rsdt, b"RSDT", 4));
+        let mut found = BTreeMap::new();
+        for table in tables {
+            let signature = self.bytes(table, 4).to_vec();
+            self.table(table, &signature);
+            found.insert(String::from_utf8(signature).unwrap(), table);
+        }
+        let fadt = found["FACP"];
+        let (facs, dsdt) = (self.u32(fadt + 36).into(), self.u32(fadt + 40).into());
+        assert_eq!(self.u64(fadt + 140), dsdt);
+        self.table(dsdt, b"DSDT");
+        assert_eq!(
+            (self.bytes(facs, 4), self.u32(facs + 4)),
+            (&b"FACS"[..], 64)
+        );
+        assert_eq!(facs % 64, 0);
+        found.insert("DSDT".into(), dsdt);
+        found
+    }
+
+    /// The length of a table with this signature and a good checksum.
+    fn table(&self, gpa: u64, signature: &[u8]) -> u64 {
+        assert_eq!(self.bytes(gpa, 4), signature);
+        let length = self.u32(gpa + 4);
+        self.summed(gpa, length as usize);
+        length.into()
+    }
+
+    /// The MADT's structures: type and what follows the length.
+    fn madt(&self) -> Vec<(u8, Vec<u8>)> {
+        let madt = self.acpi()["APIC"];
+        let length = self.table(madt, b"APIC");
+        assert_eq!((self.u32(madt + 36), self.u32(madt + 40)), (0xfee0_0000, 1));
+        let (mut at, mut found) = (44, Vec::new());
+        while at < length {
+            let length = self.bytes(madt + at, 2)[1];
+            let bytes = self.bytes(madt + at, length.into());
+            found.push((bytes[0], bytes[2..].to_vec()));
+            at += u64::from(length);
+        }
+        assert_eq!(at, length, "the structures end where the table does");
+        found
+    }
+
+    /// The AML of the DSDT.
+    fn aml(&self) -> &[u8] {
+        let dsdt = self.acpi()["DSDT"];
+        &self.bytes(dsdt, self.table(dsdt, b"DSDT") as usize)[36..]
+    }
+
+    /// SMBIOS structures by type: formatted area and strings.
+    fn smbios(&self) -> BTreeMap<u8, Vec<(Vec<u8>, Vec<String>)>> {
+        let entry = self.scan(0xf_0000, b"_SM_").expect("an SMBIOS table");
+        let length = self.bytes(entry, 6)[5];
+        self.summed(entry, length.into());
+        assert_eq!(&self.summed(entry + 16, 15)[..5], b"_DMI_");
+        let (length, mut at) = (self.u16(entry + 22), u64::from(self.u32(entry + 24)));
+        let end = at + u64::from(length);
+        let mut found = BTreeMap::<u8, Vec<_>>::new();
+        let mut handles = std::collections::BTreeSet::new();
+        let mut largest = 0;
+        for _ in 0..self.u16(entry + 28) {
+            let start = at;
+            let formatted = self.bytes(at, self.bytes(at, 2)[1].into()).to_vec();
+            assert!(handles.insert(self.u16(at + 2)), "a handle is used once");
+            at += formatted.len() as u64;
+            let mut strings = Vec::new();
+            loop {
+                let rest = self.bytes(at, (end - at) as usize);
+                let text: Vec<u8> = rest.iter().copied().take_while(|byte| *byte != 0).collect();
+                at += text.len() as u64 + 1;
+                match text.is_empty() {
+                    true => break,
+                    false => strings.push(String::from_utf8(text).unwrap()),
+                }
+            }
+            if strings.is_empty() {
+                at += 1;
+            }
+            largest = largest.max(at - start);
+            found
+                .entry(formatted[0])
+                .or_default()
+                .push((formatted, strings));
+        }
+        assert_eq!(at, end, "the structures end where the table does");
+        assert_eq!(u64::from(self.u16(entry + 8)), largest);
+        assert_eq!(found.keys().last(), Some(&127));
+        found
+    }
+}
+
+/// Names of AML objects with their values' bytes, `Scope.Device.NAME`; knows only what a static
+/// DSDT needs: Name, Scope, Device over integers, buffers and packages (ACPI 6.5, 20.2).
+fn aml_names(mut aml: &[u8], prefix: &str, found: &mut BTreeMap<String, Vec<u8>>) {
+    while let Some((op, rest)) = aml.split_first() {
+        let name = |bytes: &[u8]| format!("{prefix}{}", bytes[..4].escape_ascii());
+        match (op, rest) {
+            (0x08, rest) => {
+                let length = aml_data_length(&rest[4..]);
+                let (value, after) = rest[4..].split_at(length);
+                assert!(
+                    found.insert(name(rest), value.to_vec()).is_none(),
+                    "{}",
+                    name(rest)
+                );
+                aml = after;
+            }
+            (0x10, rest) | (0x5b, [0x82, rest @ ..]) => {
+                let (length, header) = aml_package_length(rest);
+                let (inside, after) = rest.split_at(length);
+                let inside = &inside[header..];
+                aml_names(&inside[4..], &format!("{}.", name(inside)), found);
+                aml = after;
+            }
+            _ => panic!("AML {op:#x} in {prefix}"),
+        }
+    }
+}
+
+/// PkgLength: what it says, and its own bytes (20.2.4).
+fn aml_package_length(aml: &[u8]) -> (usize, usize) {
+    let more = usize::from(aml[0] >> 6);
+    if more == 0 {
+        return (usize::from(aml[0]), 1);
+    }
+    let tail = aml[1..=more]
+        .iter()
+        .rev()
+        .fold(0, |sum, byte| sum << 8 | usize::from(*byte));
+    (tail << 4 | usize::from(aml[0] & 0xf), more + 1)
+}
+
+/// Bytes of a data object.
+fn aml_data_length(aml: &[u8]) -> usize {
+    match aml[0] {
+        0x00 | 0x01 | 0xff => 1,
+        0x0a => 2,
+        0x0b => 3,
+        0x0c => 5,
+        0x0e => 9,
+        0x11 | 0x12 => 1 + aml_package_length(&aml[1..]).0,
+        op => panic!("AML data {op:#x}"),
+    }
+}
+
+/// The resource descriptors of a _CRS buffer: tag and payload (6.4).
+fn resources(buffer: &[u8]) -> Vec<(u8, Vec<u8>)> {
+    let (length, header) = aml_package_length(&buffer[1..]);
+    assert_eq!(buffer.len(), 1 + length);
+    let size = aml_data_length(&buffer[1 + header..]);
+    let mut rest = &buffer[1 + header + size..];
+    let mut found = Vec::new();
+    loop {
+        let (tag, at, length) = match rest[0] {
+            large if large & 0x80 != 0 => (
+                large,
+                3,
+                usize::from(u16::from_le_bytes([rest[1], rest[2]])),
+            ),
+            small => (small >> 3, 1, usize::from(small & 7)),
+        };
+        if tag == 0x0f {
+            assert_eq!(rest.len(), 2, "the end tag is last");
+            return found;
+        }
+        found.push((tag, rest[at..at + length].to_vec()));
+        rest = &rest[at + length..];
+    }
+}
+
+fn spec() -> FirmwareSpec {
+    FirmwareSpec {
+        era: Era::Today,
+        name: "guest0".parse().unwrap(),
+        uuid: None,
+        topology: "2".parse().unwrap(),
+        processor: ProcessorId {
+            signature: 0x00a2_0f12,
+            features: 0x178b_fbff,
+        },
+        memory: MemoryLayout {
+            lowmem: 256 << 20,
+            highmem: 0,
+        },
+        mptable: true,
+        acpi: true,
+        smbios: true,
+        com: vec![ComPort::Com1],
+        intx: Vec::new(),
+        ecam: None,
+    }
+}
+
+fn names(spec: &FirmwareSpec) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    aml_names(Bios::of(spec).aml(), "", &mut found);
+    found
+}
+
+#[test]
+fn the_seeds_mp_table_says_what_the_seed_saw() {
+    let (id, entries) = Bios::of(&FirmwareSpec {
+        era: Era::Y2012,
+        ..spec()
+    })
+    .mp_entries();
+    assert_eq!(id, "NETAPP  vFiler      ");
+    let cpus: Vec<_> = entries[&0]
+        .iter()
+        .map(|cpu| (cpu[1], cpu[2], cpu[3]))
+        .collect();
+    assert_eq!(cpus, [(0, 0x10, 3), (1, 0x10, 1)]);
+    assert_eq!(
+        entries[&0][1][4..12],
+        [0xa5, 6, 0, 0, 0xff, 0xfb, 0xeb, 0xbf]
+    );
+    let buses: Vec<_> = entries[&1].iter().map(|bus| (bus[1], &bus[2..])).collect();
+    assert_eq!(buses, [(0, &b"ISA   "[..]), (1, &b"PCI   "[..])]);
+    assert_eq!(
+        entries.keys().collect::<Vec<_>>(),
+        [&0, &1],
+        "no I/O APIC, no interrupts"
+    );
+}
+
+#[test]
+fn todays_mp_table_describes_kvms_interrupt_wiring() {
+    let intx = vec![IntxRoute {
+        slot: 3,
+        pin: 1,
+        gsi: 19,
+    }];
+    let (id, entries) = Bios::of(&FirmwareSpec { intx, ..spec() }).mp_entries();
+    assert_eq!(id, "RHYVE   Hypervisor  ");
+    assert_eq!(entries[&2], [[2, 0, 0x11, 1, 0, 0, 0xc0, 0xfe]]);
+    let wired = |flags: u16, bus, irq, pin| {
+        let [low, high] = flags.to_le_bytes();
+        vec![3, 0, low, high, bus, irq, 0, pin]
+    };
+    let interrupts = &entries[&3];
+    assert_eq!(interrupts.len(), 16);
+    for irq in [1, 3, 4, 8, 15] {
+        assert!(interrupts.contains(&wired(0, 1, irq, irq)), "IRQ {irq}");
+    }
+    assert!(interrupts.contains(&wired(0, 1, 0, 2)), "the timer");
+    assert!(interrupts.contains(&wired(15, 1, 9, 9)), "the SCI");
+    assert!(interrupts.contains(&wired(0, 0, 3 << 2, 19)), "slot 3 INTA");
+    assert_eq!(
+        entries[&4],
+        [[4, 3, 0, 0, 1, 0, 0xff, 0], [4, 1, 0, 0, 1, 0, 0xff, 1]]
+    );
+}
+
+#[test]
+fn the_madt_agrees_with_the_mp_table() {
+    let madt = Bios::of(&spec()).madt();
+    let wanted: [(u8, &[u8]); 6] = [
+        (0, &[0, 0, 1, 0, 0, 0]),
+        (0, &[1, 1, 1, 0, 0, 0]),
+        (1, &[0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]),
+        (2, &[0, 0, 2, 0, 0, 0, 0, 0]),
+        (2, &[0, 9, 9, 0, 0, 0, 15, 0]),
+        (4, &[0xff, 0, 0, 1]),
+    ];
+    assert_eq!(madt, wanted.map(|(kind, bytes)| (kind, bytes.to_vec())));
+}
+
+#[test]
+fn processors_from_255_on_are_x2apics() {
+    let topology = "300,cores=300".parse().unwrap();
+    let madt = Bios::of(&FirmwareSpec {
+        topology,
+        mptable: false,
+        ..spec()
+    })
+    .madt();
+    let of = |kind| {
+        madt.iter()
+            .filter(|(k, _)| *k == kind)
+            .map(|(_, b)| b)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!((of(0).len(), of(9).len(), of(10).len()), (255, 45, 1));
+    assert_eq!(
+        of(9)[44][..],
+        [0, 0, 0x2b, 1, 0, 0, 1, 0, 0, 0, 0x2b, 1, 0, 0]
+    );
+}
+
+#[test]
+fn the_fadt_has_the_fixed_hardware_and_no_more() {
+    let bios = Bios::of(&spec());
+    let fadt = bios.acpi()["FACP"];
+    let byte = |at| bios.bytes(fadt + at, 1)[0];
+    assert_eq!((bios.u16(fadt + 46), bios.u32(fadt + 48)), (9, 0xb2));
+    assert_eq!((byte(52), byte(53)), (0xa0, 0xa1));
+    assert_eq!((bios.u32(fadt + 56), byte(88)), (0x400, 4));
+    assert_eq!((bios.u32(fadt + 64), byte(89)), (0x404, 2));
+    assert_eq!((bios.u32(fadt + 76), byte(91)), (0x408, 4));
+    assert_eq!(
+        (bios.u32(fadt + 80), bios.u32(fadt + 84)),
+        (0, 0),
+        "no GPEs"
+    );
+    assert_eq!(byte(108), 0x32);
+    assert_eq!(
+        bios.u16(fadt + 109),
+        0b101,
+        "ISA devices, no 8042, no VGA, but a clock"
+    );
+    assert_eq!(bios.u32(fadt + 112), 0x1565);
+    assert_eq!(
+        bios.bytes(fadt + 116, 13),
+        [1, 8, 0, 1, 0xf9, 0x0c, 0, 0, 0, 0, 0, 0, 6]
+    );
+    assert_eq!(
+        bios.bytes(fadt + 148, 12),
+        [1, 32, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(
+        bios.bytes(fadt + 172, 12),
+        [1, 16, 0, 2, 4, 4, 0, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(
+        bios.bytes(fadt + 208, 12),
+        [1, 32, 0, 3, 8, 4, 0, 0, 0, 0, 0, 0]
+    );
+}
+
+#[test]
+fn the_dsdt_has_what_the_guest_cannot_find_by_itself() {
+    let names = names(&spec());
+    assert_eq!(
+        names.keys().collect::<Vec<_>>(),
+        [
+            "_S5_",
+            "_SB_.COM1._CRS",
+            "_SB_.COM1._HID",
+            "_SB_.COM1._UID",
+            "_SB_.PC00._CRS",
+            "_SB_.PC00._HID",
+            "_SB_.RTC_._CRS",
+            "_SB_.RTC_._HID",
+        ]
+    );
+    assert_eq!(names["_S5_"], [0x12, 8, 4, 0x0a, 5, 0x0a, 5, 0, 0]);
+    assert_eq!(
+        names["_SB_.COM1._HID"],
+        [0x0c, 0x41, 0xd0, 0x05, 0x01],
+        "PNP0501"
+    );
+    let com = resources(&names["_SB_.COM1._CRS"]);
+    assert_eq!(com[0], (8, vec![1, 0xf8, 3, 0xf8, 3, 1, 8]));
+    assert_eq!(com[1], (0x89, vec![0b0011, 1, 4, 0, 0, 0]));
+    let root = resources(&names["_SB_.PC00._CRS"]);
+    let tags: Vec<_> = root.iter().map(|(tag, bytes)| (*tag, bytes[0])).collect();
+    assert_eq!(tags, [(0x88, 2), (8, 1), (0x88, 1), (0x88, 1), (0x87, 0)]);
+    let window: Vec<_> = root[4].1[7..15].to_vec();
+    assert_eq!(window, [0, 0, 0, 0xc0, 0xff, 0xff, 0xbf, 0xfe]);
+}
+
+#[test]
+fn every_com_port_is_described_with_its_interrupt() {
+    let names = names(&FirmwareSpec {
+        com: ComPort::ALL.to_vec(),
+        ..spec()
+    });
+    for (port, base, irq) in [(1, 0x3f8, 4), (2, 0x2f8, 3), (3, 0x3e8, 4), (4, 0x2e8, 3u8)] {
+        let crs = resources(&names[&format!("_SB_.COM{port}._CRS")]);
+        let [low, high] = u16::to_le_bytes(base);
+        assert_eq!(crs[0].1, [1, low, high, low, high, 1, 8]);
+        assert_eq!((crs[1].1[0], crs[1].1[2]), (0b1011, irq));
+    }
+}
+
+#[test]
+fn pci_interrupts_and_ecam_are_described() {
+    let intx = vec![IntxRoute {
+        slot: 31,
+        pin: 4,
+        gsi: 16,
+    }];
+    let ecam = Some(Ecam {
+        base: 0xe000_0000,
+        last_bus: 255,
+    });
+    let spec = FirmwareSpec {
+        intx,
+        ecam,
+        ..spec()
+    };
+    let names = names(&spec);
+    let prt = [
+        0x12, 15, 1, 0x12, 12, 4, 0x0c, 0xff, 0xff, 31, 0, 0x0a, 3, 0, 0x0a, 16,
+    ];
+    assert_eq!(names["_SB_.PC00._PRT"], prt);
+    assert_eq!(
+        names["_SB_.PC00._HID"],
+        [0x0c, 0x41, 0xd0, 0x0a, 0x08],
+        "PNP0A08"
+    );
+    let root = resources(&names["_SB_.PC00._CRS"]);
+    assert_eq!(
+        root[4].1[11..15],
+        [0xff, 0xff, 0xff, 0xdf],
+        "the window ends below ECAM"
+    );
+    let board = resources(&names["_SB_.MBRD._CRS"]);
+    assert_eq!(board, [(0x86, vec![1, 0, 0, 0, 0xe0, 0, 0, 0, 0x10])]);
+    let bios = Bios::of(&spec);
+    let mcfg = bios.acpi()["MCFG"];
+    assert_eq!(bios.u64(mcfg + 44), 0xe000_0000);
+    assert_eq!(bios.bytes(mcfg + 52, 4), [0, 0, 0, 255]);
+}
+
+#[test]
+fn the_smbios_uuid_is_the_given_one_or_the_names() {
+    let uuid = Uuid::parse_str("00112233-4455-6677-8899-aabbccddeeff").unwrap();
+    let of = |spec: &FirmwareSpec| Bios::of(spec).smbios()[&1][0].0[8..24].to_vec();
+    let given = of(&FirmwareSpec {
+        uuid: Some(uuid),
+        ..spec()
+    });
+    assert_eq!(given[..8], [0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66]);
+    assert_eq!(given[8..], uuid.as_bytes()[8..]);
+    let made = Uuid::from_slice_le(&of(&spec())).unwrap();
+    assert_eq!(
+        (made, made.get_version_num()),
+        (default_uuid(&spec().name), 5)
+    );
+    assert_ne!(made, default_uuid(&"guest1".parse().unwrap()));
+}
+
+#[test]
+fn smbios_counts_sockets_cores_and_memory() {
+    let topology = "cpus=12,sockets=2,cores=3,threads=2".parse().unwrap();
+    let memory = MemoryLayout {
+        lowmem: 3 << 30,
+        highmem: 2 << 30,
+    };
+    let table = Bios::of(&FirmwareSpec {
+        topology,
+        memory,
+        ..spec()
+    })
+    .smbios();
+    let sockets: Vec<_> = table[&4].iter().map(|(bytes, _)| &bytes[35..38]).collect();
+    assert_eq!(sockets, [[3, 3, 6]; 2]);
+    assert_eq!(table[&4][0].0[8..12], 0x00a2_0f12u32.to_le_bytes());
+    assert_eq!(table[&17][0].0[12..14], 5120u16.to_le_bytes());
+    let ranges: Vec<_> = table[&19].iter().map(|(bytes, _)| &bytes[4..12]).collect();
+    assert_eq!(
+        ranges,
+        [
+            [0, 0, 0, 0, 0xff, 0xff, 0x2f, 0],
+            [0, 0, 0x40, 0, 0xff, 0xff, 0x5f, 0]
+        ]
+    );
+    for (bytes, strings) in table.values().flatten() {
+        assert_eq!(usize::from(bytes[1]), bytes.len());
+        assert!(
+            strings
+                .iter()
+                .all(|text| !text.is_empty() && text.len() < 65)
+        );
+    }
+}
+
+#[test]
+fn nothing_is_made_that_was_not_asked_for() {
+    let none = FirmwareSpec {
+        mptable: false,
+        acpi: false,
+        smbios: false,
+        ..spec()
+    };
+    assert_eq!(build(&none), Ok(vec![]));
+    let bios = Bios::of(&FirmwareSpec {
+        mptable: true,
+        ..none
+    });
+    assert_eq!(bios.scan(Bios::BASE, b"RSD PTR "), None);
+    assert_eq!(bios.scan(Bios::BASE, b"_SM_"), None);
+}
+
+#[test]
+fn what_cannot_be_described_is_refused() {
+    let topology = "256".parse().unwrap();
+    let err = build(&FirmwareSpec { topology, ..spec() }).unwrap_err();
+    let text = "an MP table cannot name 256 CPUs, only 255: leave it out with -Y";
+    assert_eq!(
+        (err.to_string().as_str(), err),
+        (text, FirmwareError::TooManyCpus(256))
+    );
+
+    let topology = "sockets=2000".parse().unwrap();
+    let err = build(&FirmwareSpec {
+        topology,
+        mptable: false,
+        ..spec()
+    });
+    assert!(matches!(
+        err,
+        Err(FirmwareError::TooLarge {
+            table: "SMBIOS table",
+            ..
+        })
+    ));
+    let topology = "cores=4000".parse().unwrap();
+    let err = build(&FirmwareSpec {
+        topology,
+        mptable: false,
+        ..spec()
+    });
+    assert!(matches!(
+        err,
+        Err(FirmwareError::TooLarge {
+            table: "ACPI tables",
+            ..
+        })
+    ));
+
+    for (slot, pin, gsi) in [
+        (32, 1, 16),
+        (1, 0, 16),
+        (1, 5, 16),
+        (1, 1, 24),
+        (1, 1, 0),
+        (1, 1, 2),
+    ] {
+        let route = IntxRoute { slot, pin, gsi };
+        let err = build(&FirmwareSpec {
+            intx: vec![route],
+            ..spec()
+        });
+        assert_eq!(err, Err(FirmwareError::Intx(route)));
+    }
+    for (base, last_bus) in [(0xb000_0000, 0), (0xe000_1000, 0), (0xf000_0000, 255)] {
+        let ecam = Some(Ecam { base, last_bus });
+        let err = build(&FirmwareSpec { ecam, ..spec() });
+        assert!(matches!(err, Err(FirmwareError::Ecam { .. })), "{base:#x}");
+    }
+}
+
+fn any_spec() -> impl Strategy<Value = FirmwareSpec> {
+    let era = prop_oneof![Just(Era::Y2012), Just(Era::Y2014), Just(Era::Today)];
+    let memory = (1..=LOWMEM_LIMIT >> 12, 0..=(1u64 << 46) >> 12);
+    let com = proptest::sample::subsequence(ComPort::ALL.to_vec(), 0..=4);
+    let routes = proptest::collection::btree_map((0u8..32, 1u8..=4), 3u8..24, 0..=128);
+    let ecam = proptest::option::of((0u32..512, any::<u8>()));
+    (
+        era,
+        1u16..=255,
+        memory,
+        com,
+        routes,
+        ecam,
+        any::<Option<u128>>(),
+    )
+        .prop_map(
+            |(era, cpus, (low, high), com, routes, ecam, uuid)| FirmwareSpec {
+                era,
+                uuid: uuid.map(Uuid::from_u128),
+                topology: CpuTopology {
+                    cpus,
+                    sockets: cpus,
+                    cores: 1,
+                    threads: 1,
+                },
+                memory: MemoryLayout {
+                    lowmem: low << 12,
+                    highmem: high << 12,
+                },
+                com,
+                intx: routes
+                    .into_iter()
+                    .map(|((slot, pin), gsi)| IntxRoute { slot, pin, gsi })
+                    .collect(),
+                ecam: ecam.map(|(mib, last_bus)| Ecam {
+                    base: 0xc000_0000 + (mib << 20),
+                    last_bus,
+                }),
+                ..spec()
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_machine_can_be_read_back(spec in any_spec()) {
+        let bios = Bios::of(&spec);
+        let cpus = usize::from(spec.topology.cpus);
+
+        let (_, entries) = bios.mp_entries();
+        prop_assert_eq!(entries[&0].len(), cpus);
+        let interrupts = entries.get(&3).map_or(0, Vec::len);
+        let wanted = if spec.era == Era::Y2012 { 0 } else { 15 + spec.intx.len() };
+        prop_assert_eq!(interrupts, wanted);
+
+        let processors = bios.madt().iter().filter(|(kind, _)| *kind == 0).count();
+        prop_assert_eq!(processors, cpus);
+
+        let mut names = BTreeMap::new();
+        aml_names(bios.aml(), "", &mut names);
+        let coms = names.keys().filter(|name| name.starts_with("_SB_.COM")).count();
+        prop_assert_eq!(coms, spec.com.len() * 3);
+        for (_, buffer) in names.iter().filter(|(name, _)| name.ends_with("_CRS")) {
+            resources(buffer);
+        }
+
+        let table = bios.smbios();
+        prop_assert_eq!(table[&4].len(), cpus);
+        let end = |bytes: &[u8]| match bytes[4..8] {
+            [0xff, 0xff, 0xff, 0xff] => u64::from_le_bytes(bytes[23..31].try_into().unwrap()) + 1,
+            _ => u64::from(u32::from_le_bytes(bytes[8..12].try_into().unwrap())) * 1024 + 1024,
+        };
+        let last = end(&table[&19][table[&19].len() - 1].0);
+        let wanted = match spec.memory.highmem {
+            0 => spec.memory.lowmem,
+            highmem => HIGHMEM_BASE + highmem,
+        };
+        prop_assert_eq!(last, wanted);
+    }
+}

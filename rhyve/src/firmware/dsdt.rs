@@ -1,0 +1,120 @@
+//! The DSDT: soft off, the PCI root with its windows and interrupts, and the ISA devices a guest
+//! cannot find by itself.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    Package, PackageBuilder, ResourceTemplate, Scope,
+};
+
+use super::acpi::bytes;
+use super::{FirmwareSpec, IOAPIC_BASE, pm};
+use crate::config::ComPort;
+
+/// Where the hole below 4 GiB begins, which has PCI's memory window, the APICs and no RAM.
+pub(super) const PCI_HOLE: u32 = 0xc000_0000;
+
+/// The definition block's contents.
+pub(super) fn build(spec: &FirmwareSpec) -> Vec<u8> {
+    let s5 = Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&pm::S5_SLP_TYP, &pm::S5_SLP_TYP, &0u8, &0u8]),
+    );
+    let mut devices = vec![pci_root(spec), clock()];
+    for port in &spec.com {
+        let shared = spec
+            .com
+            .iter()
+            .filter(|other| other.irq() == port.irq())
+            .count()
+            > 1;
+        devices.push(com(*port, shared));
+    }
+    if let Some(ecam) = spec.ecam {
+        devices.push(reserved(ecam.base, (u32::from(ecam.last_bus) + 1) << 20));
+    }
+    let devices: Vec<Raw> = devices.into_iter().map(Raw).collect();
+    let devices = devices.iter().map(|device| device as &dyn Aml).collect();
+    [bytes(&s5), bytes(&Scope::new("_SB_".into(), devices))].concat()
+}
+
+/// AML that is made already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// A device with a PNP id, current resources and whatever else.
+fn device(name: &str, pnp: &str, resources: Vec<&dyn Aml>, rest: Vec<&dyn Aml>) -> Vec<u8> {
+    let hid = Name::new("_HID".into(), &EISAName::new(pnp));
+    let crs = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let mut objects: Vec<&dyn Aml> = vec![&hid, &crs];
+    objects.extend(rest);
+    bytes(&Device::new(name.into(), objects))
+}
+
+/// The PCI root: buses, port and memory windows, interrupt routing by plain GSIs.
+fn pci_root(spec: &FirmwareSpec) -> Vec<u8> {
+    let last_bus = spec.ecam.map_or(0, |ecam| ecam.last_bus);
+    let memory_end = spec.ecam.map_or(IOAPIC_BASE, |ecam| ecam.base);
+    let buses = AddressSpace::new_bus_number(0u16, last_bus.into());
+    // The bridge's own: configuration address and data.
+    let config = IO::new(0xcf8, 0xcf8, 1, 8);
+    let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
+    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &low_ports, &high_ports];
+    let memory = (memory_end > PCI_HOLE).then(|| {
+        let not_cacheable = AddressSpaceCacheable::NotCacheable;
+        AddressSpace::new_memory(not_cacheable, true, PCI_HOLE, memory_end - 1, None)
+    });
+    resources.extend(memory.iter().map(|window| window as &dyn Aml));
+
+    let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
+    let mut routing = PackageBuilder::new();
+    for route in &spec.intx {
+        // All functions of the device, INTA as 0, no link device, GSI (ACPI 6.5, 6.2.13).
+        let address = u32::from(route.slot) << 16 | 0xffff;
+        let (pin, gsi) = (route.pin - 1, route.gsi);
+        routing.add_element(&Package::new(vec![&address, &pin, &0u8, &gsi]));
+    }
+    let routing = Name::new("_PRT".into(), &routing);
+    let mut rest: Vec<&dyn Aml> = Vec::new();
+    if spec.ecam.is_some() {
+        rest.push(&cid);
+    }
+    if !spec.intx.is_empty() {
+        rest.push(&routing);
+    }
+    let pnp = if spec.ecam.is_some() {
+        "PNP0A08"
+    } else {
+        "PNP0A03"
+    };
+    device("PC00", pnp, resources, rest)
+}
+
+/// The CMOS clock.
+fn clock() -> Vec<u8> {
+    let ports = IO::new(0x70, 0x70, 1, 2);
+    let irq = Interrupt::new(true, true, false, false, 8);
+    device("RTC_", "PNP0B00", vec![&ports, &irq], vec![])
+}
+
+/// A 16550A serial port; com1 and com3, com2 and com4 share an interrupt if both are there.
+fn com(port: ComPort, shared: bool) -> Vec<u8> {
+    let (base, number) = (port.io_base(), port.index() as u8 + 1);
+    let ports = IO::new(base, base, 1, 8);
+    let irq = Interrupt::new(true, true, false, shared, port.irq().into());
+    let uid = Name::new("_UID".into(), &number);
+    let name = format!("COM{number}");
+    device(&name, "PNP0501", vec![&ports, &irq], vec![&uid])
+}
+
+/// Memory that is nobody's to give away: Linux uses ECAM only if it is reserved so.
+fn reserved(base: u32, length: u32) -> Vec<u8> {
+    let window = Memory32Fixed::new(true, base, length);
+    device("MBRD", "PNP0C02", vec![&window], vec![])
+}
