@@ -22,8 +22,8 @@ Examples:
       each vCPU on a host CPU of its own, guest memory locked
 
 Escape sequence:
-  At the beginning of a line on a terminal, ~. stops the VM, and ~~ sends one ~.
-  The terminal is always set back, whatever ends rhyve.
+  With the console on a terminal (stdio), Enter ~ . stops the VM, ~ ^Z suspends rhyve,
+  ~ ? lists these, and ~ ~ sends one ~. The terminal is set back whatever ends rhyve.
 
 Signals:
   TERM       presses the guest's power button; a second one stops the VM

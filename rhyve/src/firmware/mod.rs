@@ -33,11 +33,13 @@ use vmm_api::name::VmName;
 use crate::config::{ComPort, CpuTopology, Era, MachineSpec};
 
 mod acpi;
-#[cfg(test)]
-mod check;
 mod dsdt;
 mod mptable;
+#[cfg(test)]
+mod reader;
 mod smbios;
+#[cfg(test)]
+mod tests;
 
 pub use smbios::default_uuid;
 
@@ -170,6 +172,11 @@ pub enum FirmwareError {
     /// More CPUs than 8-bit APIC ids can name.
     #[error("an MP table cannot name {0} CPUs, only {max}: leave it out with -Y", max = mptable::MAX_CPUS)]
     TooManyCpus(u16),
+    /// The guest has no RAM where the tables belong.
+    #[error(
+        "the guest's {0} bytes do not reach to 1 MiB, where its tables are: load it with -m 1M or more"
+    )]
+    Memory(u64),
     /// A table is larger than the place it has.
     #[error("the {table} of {size} bytes does not fit into its {room}: use fewer CPUs or sockets")]
     TooLarge {
@@ -219,6 +226,9 @@ impl FirmwareSpec {
 
     /// Refuses what no table could say.
     fn check(&self) -> Result<(), FirmwareError> {
+        if self.memory.lowmem < BIOS_END {
+            return Err(FirmwareError::Memory(self.memory.lowmem));
+        }
         for route in &self.intx {
             // GSI 0 and 2 are the timer and the cascade, 9 is the SCI, which INTx may share.
             let possible = (1..=4).contains(&route.pin)
