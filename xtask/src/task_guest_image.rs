@@ -1,32 +1,23 @@
 //! `cargo xtask guest-image`: makes the guests below `target/guest-image/`.
 
-use std::error::Error;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 
 use clap::Args;
-use serde::Deserialize;
 
 use crate::{TaskResult, project};
 
-/// Make a guest image below target/guest-image/ and print the paths of its files
+/// Make guest images below target/guest-image/ and print their paths
 #[derive(Debug, Args)]
 pub struct GuestImage {
-    /// What to make: probe, linux or lane (see `guest-image --help`)
+    /// What to make: a profile of the guest-image program
     #[arg(default_value = "probe")]
     profile: String,
-    /// Print what was made as one JSON object
-    #[arg(long)]
-    json: bool,
 }
 
 impl GuestImage {
     pub fn run(self) -> TaskResult {
-        let mut command = command(&self.profile)?;
-        if self.json {
-            command.arg("--json");
-        }
-        let status = command.status()?;
+        let status = command(&self.profile)?.status()?;
         Ok(ExitCode::from(
             status
                 .code()
@@ -36,48 +27,15 @@ impl GuestImage {
     }
 }
 
-/// What `guest-image --json` reports.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Image {
-    files: Vec<File>,
+/// Where the files of `profile` are.
+pub fn out_dir(profile: &str) -> PathBuf {
+    project::target_dir().join("guest-image").join(profile)
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct File {
-    role: String,
-    path: PathBuf,
-}
-
-impl Image {
-    /// The file of a role, such as `kernel`.
-    pub fn path(&self, role: &str) -> Result<&Path, String> {
-        let file = self.files.iter().find(|file| file.role == role);
-        file.map(|file| file.path.as_path())
-            .ok_or_else(|| format!("the image has no {role}"))
-    }
-}
-
-/// Makes the image `profile` and returns what it consists of.
-pub fn make(profile: &str) -> Result<Image, Box<dyn Error>> {
-    let output = command(profile)?
-        .arg("--json")
-        .stderr(Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        return Err(format!("guest-image {profile} failed").into());
-    }
-    Ok(serde_json::from_slice(&output.stdout)?)
-}
-
-/// Builds the `guest-image` program and returns the command that makes `profile`.
-fn command(profile: &str) -> std::io::Result<Command> {
+/// Builds the `guest-image` program and returns the command that makes `profile` in [`out_dir`].
+pub fn command(profile: &str) -> std::io::Result<Command> {
     let programs = project::build(&["guest-image"], false)?;
-    let images = project::target_dir().join("guest-image");
     let mut command = Command::new(programs.join("guest-image"));
-    command.arg("--out").arg(images.join(profile));
-    command
-        .arg("--cache")
-        .arg(images.join("debian"))
-        .arg(profile);
+    command.arg("--out").arg(out_dir(profile)).arg(profile);
     Ok(command)
 }
