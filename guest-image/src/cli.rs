@@ -11,6 +11,9 @@ pub struct Cli {
     /// Directory for the files, created if missing [default: target/guest-image/PROFILE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Directory for Debian's packages, created if missing
+    #[arg(long, value_name = "DIR", default_value = "target/guest-image/debian")]
+    pub cache: PathBuf,
     /// Print what was made as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -35,6 +38,8 @@ pub enum Profile {
     Probe,
     /// Debian's unmodified cloud kernel with a busybox initramfs
     Linux,
+    /// The nested lane's host: QEMU, Debian's ordinary kernel, KVM
+    Lane,
 }
 
 impl Profile {
@@ -44,6 +49,7 @@ impl Profile {
         match self {
             Profile::Probe => "probe",
             Profile::Linux => "linux",
+            Profile::Lane => "lane",
         }
     }
 }

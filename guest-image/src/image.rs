@@ -36,6 +36,10 @@ pub enum Role {
     BzImage,
     /// An initramfs (`rhyveload --initrd`).
     Initrd,
+    /// A QEMU that can run the image.
+    Qemu,
+    /// The kernel's modules, a directory.
+    Modules,
 }
 
 impl Role {
@@ -46,6 +50,8 @@ impl Role {
             Role::Kernel => "kernel",
             Role::BzImage => "bzimage",
             Role::Initrd => "initrd",
+            Role::Qemu => "qemu",
+            Role::Modules => "modules",
         }
     }
 }

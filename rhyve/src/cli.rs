@@ -22,13 +22,14 @@ Examples:
       each vCPU on a host CPU of its own, guest memory locked
 
 Escape sequence:
-  With the console on a terminal (stdio), Enter ~ . stops the VM, ~ ^Z suspends rhyve,
-  ~ ? lists these, and ~ ~ sends one ~. The terminal is set back whatever ends rhyve.
+  On a terminal (com1,stdio): Enter ~ . stops the VM, Enter ~ ^Z suspends rhyve,
+  Enter ~ ? lists these, Enter ~ ~ sends one ~.
+  The terminal is set back whatever ends rhyve.
 
 Signals:
   TERM       presses the guest's power button; a second one stops the VM
   INT, HUP   stop the VM now, with its last state in its object
-  KILL       leaves an object whose memory can be read and which can be loaded again
+  KILL       leaves an object that can be read, loaded again or destroyed
 
 Exit status:
   0  the guest rebooted: load and run it again

@@ -7,6 +7,7 @@
 
 mod project;
 mod task_guest_image;
+mod task_nested;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -27,11 +28,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     GuestImage(task_guest_image::GuestImage),
+    Nested(task_nested::Nested),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::GuestImage(task) => task.run(),
+        Task::Nested(task) => task.run(),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {}", chain(&*error));

@@ -1,23 +1,32 @@
 //! `cargo xtask guest-image`: makes the guests below `target/guest-image/`.
 
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 
 use clap::Args;
+use serde::Deserialize;
 
 use crate::{TaskResult, project};
 
-/// Make guest images below target/guest-image/ and print their paths
+/// Make a guest image below target/guest-image/ and print the paths of its files
 #[derive(Debug, Args)]
 pub struct GuestImage {
-    /// What to make: a profile of the guest-image program
+    /// What to make: probe, linux or lane (see `guest-image --help`)
     #[arg(default_value = "probe")]
     profile: String,
+    /// Print what was made as one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 impl GuestImage {
     pub fn run(self) -> TaskResult {
-        let status = command(&self.profile)?.status()?;
+        let mut command = command(&self.profile)?;
+        if self.json {
+            command.arg("--json");
+        }
+        let status = command.status()?;
         Ok(ExitCode::from(
             status
                 .code()
@@ -27,15 +36,48 @@ impl GuestImage {
     }
 }
 
-/// Where the files of `profile` are.
-pub fn out_dir(profile: &str) -> PathBuf {
-    project::target_dir().join("guest-image").join(profile)
+/// What `guest-image --json` reports.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Image {
+    files: Vec<File>,
 }
 
-/// Builds the `guest-image` program and returns the command that makes `profile` in [`out_dir`].
-pub fn command(profile: &str) -> std::io::Result<Command> {
+#[derive(Clone, Debug, Deserialize)]
+struct File {
+    role: String,
+    path: PathBuf,
+}
+
+impl Image {
+    /// The file of a role, such as `kernel`.
+    pub fn path(&self, role: &str) -> Result<&Path, String> {
+        let file = self.files.iter().find(|file| file.role == role);
+        file.map(|file| file.path.as_path())
+            .ok_or_else(|| format!("the image has no {role}"))
+    }
+}
+
+/// Makes the image `profile` and returns what it consists of.
+pub fn make(profile: &str) -> Result<Image, Box<dyn Error>> {
+    let output = command(profile)?
+        .arg("--json")
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        return Err(format!("guest-image {profile} failed").into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Builds the `guest-image` program and returns the command that makes `profile`.
+fn command(profile: &str) -> std::io::Result<Command> {
     let programs = project::build(&["guest-image"], false)?;
+    let images = project::target_dir().join("guest-image");
     let mut command = Command::new(programs.join("guest-image"));
-    command.arg("--out").arg(out_dir(profile)).arg(profile);
+    command.arg("--out").arg(images.join(profile));
+    command
+        .arg("--cache")
+        .arg(images.join("debian"))
+        .arg(profile);
     Ok(command)
 }

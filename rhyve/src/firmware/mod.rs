@@ -226,7 +226,8 @@ impl FirmwareSpec {
 
     /// Refuses what no table could say.
     fn check(&self) -> Result<(), FirmwareError> {
-        if self.memory.lowmem < BIOS_END {
+        let any = self.mptable || self.acpi || self.smbios;
+        if any && self.memory.lowmem < BIOS_END {
             return Err(FirmwareError::Memory(self.memory.lowmem));
         }
         for route in &self.intx {

@@ -316,6 +316,17 @@ fn nothing_is_made_that_was_not_asked_for() {
         ..spec()
     };
     assert_eq!(build(&none), Ok(vec![]));
+    let memory = MemoryLayout {
+        lowmem: 4096,
+        highmem: 0,
+    };
+    assert_eq!(
+        build(&FirmwareSpec {
+            memory,
+            ..none.clone()
+        }),
+        Ok(vec![])
+    );
     let bios = Bios::of(&FirmwareSpec {
         mptable: true,
         ..none
