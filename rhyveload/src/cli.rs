@@ -13,6 +13,10 @@ use crate::plan::Boot;
 
 const EXAMPLES: &str = "\
 Examples:
+  rhyveload -m 512M --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' guest0
+      Loads Linux into guest0, made if it is not there, with 512 MiB of memory.
+  rhyveload --boot pvh --kernel vmlinux guest0
+      Enters an ELF kernel where its Xen note says.
   rhyveload --kernel kernel.elf guest0
       Loads a FreeBSD kernel or a plain static ELF64 file into guest0, with 256 MiB.
   rhyveload -m 768 -M 2048 -e boot_verbose=YES --kernel kernel guest0

@@ -2,7 +2,7 @@
 //!
 //! bhyveload's place in rhyve. Data flows one way: [`cli`] makes a [`load::Job`], [`plan`] reads the
 //! kernel's headers and says what goes where, [`load`] carries that out on the VM object. The boot
-//! protocols ([`freebsd`]) are pure functions from headers to plans.
+//! protocols ([`linux`], [`pvh`], [`freebsd`]) are pure functions from headers to plans.
 
 #![forbid(unsafe_code)]
 
@@ -10,8 +10,10 @@ pub mod cli;
 pub mod copy;
 pub mod elf;
 pub mod freebsd;
+pub mod linux;
 pub mod load;
 pub mod plan;
+pub mod pvh;
 pub mod source;
 pub mod space;
 

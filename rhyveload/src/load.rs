@@ -136,6 +136,7 @@ pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
     if job.memory.layout.lowmem == 0 {
         return Err(LoadError::NoMemory);
     }
+    let memory = absolute(&job.memory)?;
     let kernel = open(&job.kernel)?;
     let initrd = match &job.initrd {
         Some(path) => Some((path, open(path)?)),
@@ -164,12 +165,34 @@ pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
         Some(vm) => vm,
         None => Vm::create(root, &job.name, PROGRAM)?,
     };
-    let filled = fill(&mut vm, job, &plan, &kernel, initrd.as_ref().map(|i| &i.1));
+    let filled = fill(
+        &mut vm,
+        job,
+        &memory,
+        &plan,
+        &kernel,
+        initrd.as_ref().map(|i| &i.1),
+    );
     if let Err(error) = filled {
         abandon(vm, fresh);
         return Err(error);
     }
     Ok(report(job, plan, initrd.as_ref().map(|i| &i.1)))
+}
+
+/// Programs with other working directories look for the memory file, too.
+fn absolute(memory: &MemorySetup) -> Result<MemorySetup, LoadError> {
+    let path = match &memory.path {
+        None => None,
+        Some(dir) => Some(dir.canonicalize().map_err(|source| LoadError::Open {
+            path: dir.clone(),
+            source,
+        })?),
+    };
+    Ok(MemorySetup {
+        path,
+        ..memory.clone()
+    })
 }
 
 fn open(path: &Path) -> Result<FileSource, LoadError> {
@@ -185,6 +208,7 @@ fn open(path: &Path) -> Result<FileSource, LoadError> {
 fn fill(
     vm: &mut LockedVm,
     job: &Job,
+    memory: &MemorySetup,
     plan: &LoadPlan,
     kernel: &FileSource,
     initrd: Option<&FileSource>,
@@ -193,7 +217,7 @@ fn fill(
     let old = vm.load_state().unwrap_or_else(|_| VmState::created());
     let mut state = emptied(&old);
     vm.store(&mut state)?;
-    vm.setup_memory(&mut state, &job.memory)?;
+    vm.setup_memory(&mut state, memory)?;
     let ram = vm.map_memory(&state)?;
 
     let copied = |path: &Path| {

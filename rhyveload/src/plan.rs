@@ -14,6 +14,9 @@ use vmm_api::regs::Registers;
 use crate::elf::{self, Elf, ElfError};
 use crate::freebsd::env::EnvVar;
 use crate::freebsd::{self, FreebsdError};
+use crate::linux::bzimage::{self, BzImage, BzImageError};
+use crate::linux::vmlinux;
+use crate::pvh;
 use crate::source::Source;
 use crate::space::SpaceError;
 
@@ -37,9 +40,13 @@ pub struct Request<'a> {
 /// Which boot protocol is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Boot {
-    /// What the file's content says.
+    /// What the file's content says; Linux's ELF file is entered by `linux64`.
     #[default]
     Auto,
+    /// Linux's 64-bit boot protocol.
+    Linux64,
+    /// The 32-bit entry point that an ELF file's Xen note names.
+    Pvh,
     /// FreeBSD's hand-off: kernel at its virtual address, metadata, kernel environment.
     Freebsd,
     /// FreeBSD's hand-off for a static ELF64 file that is loaded at its physical addresses.
@@ -50,6 +57,10 @@ pub enum Boot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
+    /// Linux's 64-bit boot protocol.
+    Linux64,
+    /// Xen's PVH entry.
+    Pvh,
     /// FreeBSD/amd64.
     Freebsd,
     /// A static ELF64 file, entered as a FreeBSD kernel is.
@@ -59,6 +70,8 @@ pub enum Protocol {
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            Self::Linux64 => "linux64",
+            Self::Pvh => "pvh",
             Self::Freebsd => "freebsd",
             Self::Plain => "plain",
         })
@@ -126,6 +139,25 @@ pub enum PlanError {
         /// Why.
         why: &'static str,
     },
+    /// The command line is longer than the kernel takes.
+    #[error("the command line has {len} bytes, but this kernel takes {max} at most")]
+    Cmdline {
+        /// What it has.
+        len: u64,
+        /// What is allowed.
+        max: u64,
+    },
+    /// No PVH entry point.
+    #[error("it has no PVH entry point (no Xen note PHYS32_ENTRY): try --boot auto")]
+    NoPvh,
+    /// A bzImage with another protocol.
+    #[error(
+        "a bzImage has only the linux64 entry: give the vmlinux it was made of, or --boot auto"
+    )]
+    BzImageBoot,
+    /// bzImage header.
+    #[error(transparent)]
+    BzImage(#[from] BzImageError),
     /// ELF headers.
     #[error(transparent)]
     Elf(#[from] ElfError),
@@ -145,17 +177,36 @@ pub enum PlanError {
 /// cannot do.
 pub fn plan(image: &(impl Source + ?Sized), request: &Request<'_>) -> Result<LoadPlan, PlanError> {
     let head = image.head(elf::HEAD).map_err(PlanError::Read)?;
+    if bzimage::is_bzimage(&head) && !head.starts_with(elf::MAGIC) {
+        if !matches!(request.boot, Boot::Auto | Boot::Linux64) {
+            return Err(PlanError::BzImageBoot);
+        }
+        return BzImage::parse(&head, image.size())?.plan(request);
+    }
     if !head.starts_with(elf::MAGIC) {
         return Err(PlanError::Unknown);
     }
     let elf = Elf::parse(&head, image)?;
-    let protocol = match request.boot {
+    match protocol(&elf, request.boot) {
+        Protocol::Linux64 => vmlinux::plan(&elf, request),
+        Protocol::Pvh => pvh::plan(&elf, request),
+        other => freebsd::plan(&elf, other, request),
+    }
+}
+
+/// How an ELF kernel is entered. A vmlinux may have a PVH note as well; its 64-bit entry is as quick
+/// and does not depend on how the kernel was configured.
+fn protocol(elf: &Elf, boot: Boot) -> Protocol {
+    match boot {
+        Boot::Linux64 => Protocol::Linux64,
+        Boot::Pvh => Protocol::Pvh,
         Boot::Freebsd => Protocol::Freebsd,
         Boot::Plain => Protocol::Plain,
         Boot::Auto if elf.os_abi == elf::OSABI_FREEBSD => Protocol::Freebsd,
+        Boot::Auto if vmlinux::is_vmlinux(elf) => Protocol::Linux64,
+        Boot::Auto if elf.pvh_entry.is_some() => Protocol::Pvh,
         Boot::Auto => Protocol::Plain,
-    };
-    freebsd::plan(&elf, protocol, request)
+    }
 }
 
 /// Plans the load of arbitrary bytes into a VM of 256 MiB, for fuzz targets: never panics, touches

@@ -2,4 +2,5 @@
 
 mod elf;
 mod kernels;
+mod linux;
 mod process;
