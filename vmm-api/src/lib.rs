@@ -9,6 +9,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod boot;
+pub mod capability;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod control;

@@ -114,7 +114,7 @@ pub enum StatsError {
         /// Where, from the file's beginning.
         offset: usize,
     },
-    /// The file is larger than [`FILE_MAX`].
+    /// The file is larger than 1 MiB.
     #[error("KVM's statistics have more than {FILE_MAX} bytes")]
     TooLarge,
 }
