@@ -238,7 +238,7 @@ impl Debian {
             .to_str()?
             .strip_prefix(name)?
             .strip_prefix('_')?
-            .to_owned();
+            .replace("%3a", ":");
         let tree = self.dir.join(&target);
         tree.is_dir().then(|| Package {
             name: name.to_owned(),
@@ -277,10 +277,7 @@ impl Debian {
         }
         // Renamed when whole, so that an interrupted run leaves nothing half unpacked.
         fs::rename(&tree, &package.tree).map_err(at(&package.tree))?;
-        relink(
-            Path::new(&format!("{name}_{version}")),
-            &self.dir.join(name),
-        )?;
+        relink(Path::new(&directory), &self.dir.join(name))?;
         self.progress.clear();
         Ok(package)
     }
@@ -497,5 +494,33 @@ mod tests {
         assert_eq!(upstream_major("1:7.2+dfsg-7"), 7);
         assert_eq!(upstream_major("6.1.176-1"), 6);
         assert_eq!(upstream_major("x"), 0);
+    }
+
+    #[test]
+    fn an_unpacked_package_is_found_again_without_apt() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = dir.path().join("content");
+        fs::create_dir_all(content.join("DEBIAN")).unwrap();
+        fs::write(
+            content.join("DEBIAN/control"),
+            "Package: tool\nVersion: 1:2.0-1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: x\n",
+        )
+        .unwrap();
+        fs::write(content.join("data"), "x").unwrap();
+        let debs = dir.path().join("debs");
+        fs::create_dir(&debs).unwrap();
+        let mut dpkg = Command::new("dpkg-deb");
+        dpkg.arg("--build").arg(&content).arg(debs.join("tool.deb"));
+        capture(dpkg, "dpkg-deb").unwrap();
+
+        let mut debian = Debian::open(&dir.path().join("cache")).unwrap();
+        debian.unpack("tool", "1:2.0-1", &debs).unwrap();
+        let package = debian.package("tool").unwrap();
+        assert_eq!(
+            (package.name.as_str(), package.version.as_str()),
+            ("tool", "1:2.0-1")
+        );
+        assert_eq!(fs::read_to_string(package.tree.join("data")).unwrap(), "x");
+        assert!(!package.tree.to_string_lossy().contains(':'));
     }
 }

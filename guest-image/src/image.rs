@@ -38,8 +38,6 @@ pub enum Role {
     Initrd,
     /// A QEMU that can run the image.
     Qemu,
-    /// The kernel's modules, a directory.
-    Modules,
 }
 
 impl Role {
@@ -51,7 +49,6 @@ impl Role {
             Role::BzImage => "bzimage",
             Role::Initrd => "initrd",
             Role::Qemu => "qemu",
-            Role::Modules => "modules",
         }
     }
 }

@@ -160,13 +160,6 @@ pub fn make(recipe: &Recipe, out: &Path, cache: &Path) -> Result<Image, Error> {
     read_back(&archive, &bytes)?;
     // Uncompressed: the guest's CPU is the slow part, not the copy of 4 MB.
     files.push(write(out, "initramfs.cpio", Role::Initrd, &bytes)?);
-    if recipe.qemu {
-        files.push(Artifact {
-            role: Role::Modules,
-            bytes: 0,
-            path: module_dir,
-        });
-    }
     Ok(Image {
         profile: recipe.profile,
         source,
