@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod project;
+mod task_demo;
 mod task_guest_image;
 mod task_nested;
+mod task_test;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -27,14 +29,18 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    Demo(task_demo::Demo),
     GuestImage(task_guest_image::GuestImage),
     Nested(task_nested::Nested),
+    Test(task_test::Test),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
+        Task::Demo(task) => task.run(),
         Task::GuestImage(task) => task.run(),
         Task::Nested(task) => task.run(),
+        Task::Test(task) => task.run(),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {}", chain(&*error));

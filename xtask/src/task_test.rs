@@ -1,0 +1,416 @@
+//! `cargo xtask test`: everything that is checked, in the order in which mistakes are cheapest to find.
+//!
+//! Test programs are built by Cargo and run here, one at a time, each within a time limit. The name of an
+//! integration test says where it runs: `tests/host_*.rs` on this machine's /dev/kvm, `tests/nested_*.rs` in the
+//! nested lane (its tests are marked `#[ignore = "nested lane"]`, so that a plain `cargo test` leaves them
+//! alone), everything else anywhere. Ignored tests are always included, so nothing is skipped; a lane that
+//! cannot run is a failure with its reason and its mend.
+
+use std::env;
+use std::error::Error;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::{TaskResult, project};
+
+/// Run every check: format, lints, documentation, unit tests, both lanes, the demo
+///
+/// Exit status 0 if all passed, 1 otherwise.
+#[derive(Debug, Args)]
+pub struct Test {
+    /// Only these steps, in the usual order [default: all]
+    #[arg(value_enum, value_name = "STEP")]
+    steps: Vec<Step>,
+    /// Seconds that one test program may take
+    #[arg(long, value_name = "S", default_value_t = 600)]
+    timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    /// rustfmt
+    Format,
+    /// clippy, warnings denied
+    Lint,
+    /// rustdoc, warnings denied, and the examples in it
+    Doc,
+    /// Unit and property tests, and integration tests that need no KVM
+    Unit,
+    /// Tests on this machine's KVM
+    Host,
+    /// Tests on real KVM inside QEMU's software CPU
+    Nested,
+    /// `cargo xtask demo`, twice
+    Demo,
+}
+
+impl Step {
+    fn title(self) -> &'static str {
+        match self {
+            Step::Format => "format",
+            Step::Lint => "lints",
+            Step::Doc => "documentation",
+            Step::Unit => "unit tests",
+            Step::Host => "host lane",
+            Step::Nested => "nested lane",
+            Step::Demo => "demo",
+        }
+    }
+}
+
+impl Test {
+    pub fn run(self) -> TaskResult {
+        let start = Instant::now();
+        let mut run = Run {
+            timeout: self.timeout,
+            passed: 0,
+            failures: Vec::new(),
+            programs: None,
+        };
+        for &step in Step::value_variants() {
+            if self.steps.is_empty() || self.steps.contains(&step) {
+                let begun = Instant::now();
+                println!("== {}", step.title());
+                if let Err(error) = run.step(step) {
+                    run.fail(step.title(), &error.to_string());
+                }
+                println!("   {:.1} s", begun.elapsed().as_secs_f32());
+            }
+        }
+        println!("== summary ({} s)", start.elapsed().as_secs());
+        for failure in &run.failures {
+            println!("FAILED {failure}");
+        }
+        println!("{} passed, {} failed", run.passed, run.failures.len());
+        Ok(if run.failures.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
+
+/// What a whole run has come to.
+struct Run {
+    timeout: u64,
+    passed: usize,
+    /// One line each.
+    failures: Vec<String>,
+    /// The test programs, once they are built.
+    programs: Option<Vec<Program>>,
+}
+
+impl Run {
+    fn step(&mut self, step: Step) -> Result<(), Box<dyn Error>> {
+        match step {
+            Step::Format => {
+                self.check("cargo fmt", cargo(["fmt", "--all", "--check"]))?;
+                // The probe kernel is not a crate of the workspace.
+                let mut rustfmt = Command::new("rustfmt");
+                rustfmt.args(["--check", "--edition", "2024"]);
+                rustfmt.arg(project::root().join("guest-image/guests/probe/main.rs"));
+                self.check("rustfmt of the probe kernel", rustfmt)
+            }
+            Step::Lint => {
+                let mut clippy = cargo(["clippy", "--quiet", "--workspace", "--all-targets"]);
+                clippy.args(["--", "-D", "warnings"]);
+                self.check("cargo clippy", clippy)
+            }
+            Step::Doc => {
+                let mut rustdoc = cargo(["doc", "--quiet", "--workspace", "--no-deps"]);
+                rustdoc.env("RUSTDOCFLAGS", "-D warnings");
+                self.check("cargo doc", rustdoc)?;
+                let examples = cargo(["test", "--quiet", "--workspace", "--doc"]);
+                self.check("examples in the documentation", examples)
+            }
+            Step::Unit => self.programs(Lane::Any),
+            Step::Host => {
+                open_kvm()?;
+                self.programs(Lane::Host)
+            }
+            Step::Nested => self.programs(Lane::Nested),
+            Step::Demo => {
+                open_kvm()?;
+                for round in ["demo", "demo, again"] {
+                    let mut demo = Command::new(env::current_exe()?);
+                    demo.arg("demo");
+                    self.check(round, demo)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs a command that passes or fails as a whole.
+    fn check(&mut self, what: &str, mut command: Command) -> Result<(), Box<dyn Error>> {
+        let output = command.current_dir(project::root()).output()?;
+        if output.status.success() {
+            println!("   {what}: ok");
+            self.passed += 1;
+        } else {
+            show(&output);
+            self.fail(what, &output.status.to_string());
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, what: &str, why: &str) {
+        println!("   {what}: FAILED: {why}");
+        self.failures.push(format!("{what}: {why}"));
+    }
+
+    /// Runs the test programs of a lane.
+    fn programs(&mut self, lane: Lane) -> Result<(), Box<dyn Error>> {
+        let programs = match self.programs.take() {
+            Some(programs) => programs,
+            None => build()?,
+        };
+        for program in programs.iter().filter(|program| program.lane() == lane) {
+            let begun = Instant::now();
+            let output = program.command(lane, self.timeout)?.output()?;
+            let seconds = begun.elapsed().as_secs_f32();
+            let counts = Counts::read(&String::from_utf8_lossy(&output.stdout));
+            self.passed += counts.passed;
+            if output.status.success() && counts.complete {
+                if counts.passed > 0 {
+                    println!("   {program}: {} passed, {seconds:.1} s", counts.passed);
+                }
+                continue;
+            }
+            show(&output);
+            if output.status.code() == Some(TIMED_OUT) {
+                self.fail(&program.to_string(), &format!("not done in {seconds:.0} s"));
+            } else if counts.failed.is_empty() {
+                self.fail(&program.to_string(), &output.status.to_string());
+            }
+            for test in counts.failed {
+                self.fail(&program.to_string(), &test);
+            }
+        }
+        self.programs = Some(programs);
+        Ok(())
+    }
+}
+
+/// The status of timeout(1) and of the nested lane for a command that took too long.
+const TIMED_OUT: i32 = 124;
+
+/// Where a test program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    Any,
+    Host,
+    Nested,
+}
+
+/// A test program that Cargo has built.
+#[derive(Debug)]
+struct Program {
+    package: PathBuf,
+    target: String,
+    executable: PathBuf,
+}
+
+impl std::fmt::Display for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let package = self.package.file_name().unwrap_or_default();
+        write!(f, "{} {}", package.to_string_lossy(), self.target)
+    }
+}
+
+impl Program {
+    fn lane(&self) -> Lane {
+        if self.target.starts_with("host_") {
+            Lane::Host
+        } else if self.target.starts_with("nested_") {
+            Lane::Nested
+        } else {
+            Lane::Any
+        }
+    }
+
+    fn command(&self, lane: Lane, timeout: u64) -> io::Result<Command> {
+        let mut command;
+        if lane == Lane::Nested {
+            command = Command::new(env::current_exe()?);
+            command.args(["nested", "--timeout", &timeout.to_string(), "--"]);
+        } else {
+            // timeout(1) ends the whole process group, and so what a test has started.
+            command = Command::new("timeout");
+            command.args(["--kill-after=5", &timeout.to_string()]);
+        }
+        command
+            .arg(&self.executable)
+            .arg("--include-ignored")
+            .current_dir(&self.package)
+            .env("CARGO_MANIFEST_DIR", &self.package);
+        Ok(command)
+    }
+}
+
+/// Builds all programs and all tests, and says which test programs there are.
+fn build() -> Result<Vec<Program>, Box<dyn Error>> {
+    let built = cargo(["build", "--quiet", "--workspace"]).status()?;
+    if !built.success() {
+        return Err("the programs do not build".into());
+    }
+    let mut command = cargo([
+        "test",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--no-run",
+    ]);
+    command.arg("--message-format=json-render-diagnostics");
+    let output = command.stderr(std::process::Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err("the tests do not build".into());
+    }
+    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The test programs in Cargo's messages (The Cargo Book, "External tools", JSON messages).
+fn parse(messages: &str) -> Vec<Program> {
+    #[derive(Deserialize)]
+    struct Message {
+        manifest_path: PathBuf,
+        target: Target,
+        profile: Profile,
+        executable: Option<PathBuf>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+    #[derive(Deserialize)]
+    struct Profile {
+        test: bool,
+    }
+    let artifacts = messages.lines().filter_map(|line| {
+        // Messages of other kinds lack these fields.
+        serde_json::from_str::<Message>(line).ok()
+    });
+    artifacts
+        .filter(|artifact| artifact.profile.test)
+        .filter_map(|artifact| {
+            let kind = artifact.target.kind.first()?;
+            Some(Program {
+                package: artifact.manifest_path.parent()?.to_owned(),
+                target: match &**kind {
+                    "test" => artifact.target.name,
+                    _ => kind.clone(),
+                },
+                executable: artifact.executable?,
+            })
+        })
+        .collect()
+}
+
+/// What a test program reports.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: usize,
+    failed: Vec<String>,
+    /// Whether the line with the result came.
+    complete: bool,
+}
+
+impl Counts {
+    /// Reads libtest's lines: `test NAME ... ok`, and `test result: ...` at the end.
+    fn read(output: &str) -> Self {
+        let mut counts = Counts::default();
+        for line in output.lines() {
+            if line.starts_with("test result: ") {
+                counts.complete = true;
+            } else if let Some(rest) = line.strip_prefix("test ") {
+                match rest.rsplit_once(" ... ") {
+                    Some((_, "ok")) => counts.passed += 1,
+                    Some((name, "FAILED")) => counts.failed.push(name.to_owned()),
+                    _ => {}
+                }
+            }
+        }
+        counts
+    }
+}
+
+/// Whether this machine's KVM can be used; an error says why not, and what mends it.
+fn open_kvm() -> Result<(), String> {
+    let path = Path::new("/dev/kvm");
+    let Err(error) = OpenOptions::new().read(true).write(true).open(path) else {
+        return Ok(());
+    };
+    let mend = match error.kind() {
+        io::ErrorKind::NotFound => {
+            "load kvm_amd or kvm_intel, and switch virtualization on in the firmware or the \
+             hypervisor around this machine"
+        }
+        io::ErrorKind::PermissionDenied => "join the group kvm: usermod -aG kvm \"$USER\"",
+        _ => "`vmmctl --host` says what this machine's KVM can do",
+    };
+    Err(format!("/dev/kvm: {error}; {mend}"))
+}
+
+/// Shows what a failed command wrote.
+fn show(output: &Output) {
+    for text in [&output.stdout, &output.stderr] {
+        for line in String::from_utf8_lossy(text).lines() {
+            println!("   | {line}");
+        }
+    }
+}
+
+fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(project::root()).args(arguments);
+    cargo
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtests_lines_are_counted() {
+        let output = "\nrunning 3 tests\ntest a::b ... ok\ntest c - should panic ... ok\n\
+                      test d ... FAILED\n\nfailures:\n\ntest result: FAILED. 2 passed; 1 failed;\n";
+        let counts = Counts::read(output);
+        assert_eq!(counts.passed, 2);
+        assert_eq!(counts.failed, ["d"]);
+        assert!(counts.complete);
+        assert!(!Counts::read("test a ... ok\n").complete, "it died");
+    }
+
+    #[test]
+    fn test_programs_are_found_in_cargos_messages() {
+        let message = |kind: &str, name: &str, test: bool| {
+            format!(
+                r#"{{"reason":"compiler-artifact","manifest_path":"/w/rhyve/Cargo.toml","target":{{"kind":["{kind}"],"name":"{name}"}},"profile":{{"test":{test}}},"executable":"/t/{name}"}}"#
+            )
+        };
+        let messages = [
+            message("lib", "rhyve", true),
+            message("bin", "rhyve", false),
+            message("test", "host_boot", true),
+            message("test", "nested_boot", true),
+            r#"{"reason":"build-finished","success":true}"#.to_owned(),
+        ];
+        let programs = parse(&messages.join("\n"));
+        let found: Vec<_> = programs.iter().map(|p| (p.to_string(), p.lane())).collect();
+        assert_eq!(
+            found,
+            [
+                ("rhyve lib".to_owned(), Lane::Any),
+                ("rhyve host_boot".to_owned(), Lane::Host),
+                ("rhyve nested_boot".to_owned(), Lane::Nested),
+            ]
+        );
+    }
+}
