@@ -5,7 +5,7 @@
 //!
 //! **Time.** The line is infinitely fast, but never faster than the guest looks: the transmitter
 //! empties, the receiver refills from the wire and a character time-out falls due when the guest next
-//! reads a register that shows it ([`State::settle`]), or after [`COALESCE`](crate::console::COALESCE)
+//! reads a register that shows it (`State::settle`), or after [`COALESCE`](crate::console::COALESCE)
 //! if it does not look. A driver that loops in its interrupt handler sees the events of a fast line in
 //! the right order, yet costs no interrupt, and no call to the interrupt controller, for each byte; one
 //! that waits for the next edge gets it.
