@@ -58,9 +58,12 @@ impl Profile {
     /// rhyveload's options for this guest.
     fn load_options(self) -> &'static [&'static str] {
         match self {
+            // Entered as a FreeBSD kernel is; its Xen note would ask for PVH.
             Profile::Probe => &[
                 "-m",
                 "64M",
+                "--boot",
+                "plain",
                 "-e",
                 "greeting=hello",
                 "--cmdline",
@@ -353,10 +356,10 @@ impl Drop for Guest {
 
 /// Shows a piece of the console at once, and returns it as text.
 fn shown(piece: &[u8]) -> io::Result<String> {
-    let mut out = io::stdout().lock();
-    out.write_all(piece)?;
-    out.flush()?;
-    Ok(String::from_utf8_lossy(piece).into_owned())
+    let text = String::from_utf8_lossy(piece).into_owned();
+    print!("{text}");
+    io::stdout().flush()?;
+    Ok(text)
 }
 
 #[cfg(test)]

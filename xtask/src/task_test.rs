@@ -323,18 +323,24 @@ struct Counts {
 }
 
 impl Counts {
-    /// Reads libtest's lines: `test NAME ... ok`, and `test result: ...` at the end.
+    /// Reads libtest's result, `test result: ok. 2 passed; 0 failed; ...`, and the names in the last of
+    /// its lists of failures. Not the line of each test: what tests write may run into it.
     fn read(output: &str) -> Self {
         let mut counts = Counts::default();
+        let mut listing = false;
         for line in output.lines() {
-            if line.starts_with("test result: ") {
-                counts.complete = true;
-            } else if let Some(rest) = line.strip_prefix("test ") {
-                match rest.rsplit_once(" ... ") {
-                    Some((_, "ok")) => counts.passed += 1,
-                    Some((name, "FAILED")) => counts.failed.push(name.to_owned()),
-                    _ => {}
+            if line == "failures:" {
+                listing = true;
+                counts.failed.clear();
+            } else if let Some(result) = line.strip_prefix("test result: ") {
+                let number = result.split(['.', ';']).nth(1);
+                let number = number.and_then(|text| text.trim().strip_suffix(" passed"));
+                if let Some(Ok(passed)) = number.map(str::parse) {
+                    counts.passed = passed;
+                    counts.complete = true;
                 }
+            } else if let Some(name) = line.strip_prefix("    ").filter(|_| listing) {
+                counts.failed.push(name.to_owned());
             }
         }
         counts
@@ -379,12 +385,15 @@ mod tests {
 
     #[test]
     fn libtests_lines_are_counted() {
-        let output = "\nrunning 3 tests\ntest a::b ... ok\ntest c - should panic ... ok\n\
-                      test d ... FAILED\n\nfailures:\n\ntest result: FAILED. 2 passed; 1 failed;\n";
+        let output = "\nrunning 3 tests\ntest a::b ... some output\nok\ntest c ... ok\n\
+                      test d ... FAILED\n\nfailures:\n\n---- d stdout ----\n    indented\n\n\
+                      failures:\n    d\n\ntest result: FAILED. 2 passed; 1 failed; 0 ignored\n";
         let counts = Counts::read(output);
         assert_eq!(counts.passed, 2);
         assert_eq!(counts.failed, ["d"]);
         assert!(counts.complete);
+        let counts = Counts::read("test a ...     x\nok\ntest result: ok. 1 passed; 0 failed\n");
+        assert_eq!((counts.passed, counts.complete), (1, true));
         assert!(!Counts::read("test a ... ok\n").complete, "it died");
     }
 
