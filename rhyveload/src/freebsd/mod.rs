@@ -1,7 +1,7 @@
 //! FreeBSD's hand-off: a kernel entered in long mode with a module list, as bhyve's userboot does
 //! it (sys/boot/userboot/userboot/elf64_freebsd.c).
 //!
-//! [`kernel`] places the ELF segments, [`env`] and [`metadata`] make what the kernel reads,
+//! [`kernel`] places the ELF segments, [`mod@env`] and [`metadata`] make what the kernel reads,
 //! [`pagetable`] the fixed low pages. A plain static ELF64 file, as our probe guest is, is entered
 //! the same way, but loaded at its physical addresses.
 

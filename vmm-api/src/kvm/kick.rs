@@ -65,9 +65,8 @@ pub(super) unsafe fn arm(immediate_exit: *mut u8) -> Kick {
     });
     IMMEDIATE_EXIT.with(|cell| cell.set(immediate_exit));
     // SAFETY: gettid has no preconditions.
-    Kick {
-        tid: unsafe { libc::gettid() },
-    }
+    let tid = unsafe { libc::gettid() };
+    Kick { tid }
 }
 
 /// The calling thread runs no vCPU any more.
