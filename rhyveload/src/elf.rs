@@ -93,6 +93,8 @@ pub struct Elf {
     pub os_abi: u8,
     /// The PT_LOAD headers in the file's order, never empty.
     pub loads: Vec<Load>,
+    /// Where the last byte ends that is loaded or looked at, in the file.
+    pub extent: u64,
     /// What Xen's PHYS32_ENTRY note says, if there is one.
     pub pvh_entry: Option<u64>,
 }
@@ -153,6 +155,7 @@ impl Elf {
             entry: header.e_entry(endian),
             os_abi: header.e_ident().os_abi.0,
             loads: Vec::new(),
+            extent: 0,
             pvh_entry: None,
         };
         for (index, ph) in headers.iter().enumerate() {
@@ -166,14 +169,19 @@ impl Elf {
                         memsz: ph.p_memsz(endian),
                         writable: ph.p_flags(endian).0 & PF_W.0 != 0,
                     };
-                    load.check(index, image.size())?;
+                    let end = load.check(index, image.size())?;
+                    this.extent = this.extent.max(end);
                     if load.memsz != 0 {
                         this.loads.push(load);
                     }
                 }
                 PT_INTERP => return Err(ElfError::Interpreter),
-                PT_NOTE if this.pvh_entry.is_none() => {
-                    this.pvh_entry = pvh_entry(ph, image);
+                PT_NOTE if ph.p_filesz(endian) <= NOTES_MAX => {
+                    let end = ph.p_offset(endian).saturating_add(ph.p_filesz(endian));
+                    if end <= image.size() {
+                        this.extent = this.extent.max(end);
+                        this.pvh_entry = this.pvh_entry.or_else(|| pvh_entry(ph, image));
+                    }
                 }
                 _ => {}
             }
@@ -186,23 +194,18 @@ impl Elf {
 }
 
 impl Load {
-    fn check(&self, index: usize, size: u64) -> Result<(), ElfError> {
-        if self
-            .offset
-            .checked_add(self.filesz)
-            .is_none_or(|end| end > size)
-        {
-            return Err(ElfError::Truncated {
-                index,
-                offset: self.offset,
-                filesz: self.filesz,
-                size,
-            });
-        }
+    /// Where the segment ends in the file.
+    fn check(&self, index: usize, size: u64) -> Result<u64, ElfError> {
         if self.filesz > self.memsz {
             return Err(ElfError::Sizes(index));
         }
-        Ok(())
+        let end = self.offset.checked_add(self.filesz);
+        end.filter(|&end| end <= size).ok_or(ElfError::Truncated {
+            index,
+            offset: self.offset,
+            filesz: self.filesz,
+            size,
+        })
     }
 }
 
@@ -211,11 +214,8 @@ fn pvh_entry(
     ph: &elf::ProgramHeader64<LittleEndian>,
     image: &(impl Source + ?Sized),
 ) -> Option<u64> {
-    let len = ph.p_filesz(LittleEndian);
-    if len > NOTES_MAX {
-        return None;
-    }
-    let mut bytes = vec![0; usize::try_from(len).ok()?];
+    let len = usize::try_from(ph.p_filesz(LittleEndian)).ok()?;
+    let mut bytes = vec![0; len];
     image.read(ph.p_offset(LittleEndian), &mut bytes).ok()?;
     let align = ph.p_align(LittleEndian);
     let notes = NoteIterator::<FileHeader64<LittleEndian>>::new(LittleEndian, align, &bytes);

@@ -18,11 +18,16 @@ use vmm_api::vm::{LockedVm, MemorySetup, Vm, VmError};
 
 use crate::copy::{CopyError, copy};
 use crate::freebsd::env::EnvVar;
+use crate::image::Image;
 use crate::plan::{Boot, LoadPlan, PlanError, Protocol, Request, Segment, plan};
+use crate::progress::Progress;
 use crate::source::{FileSource, Source};
 
 /// Who holds the lock while a VM is loaded.
 const PROGRAM: &str = "rhyveload";
+
+/// A kernel file may have this much more than what it loads: headers, and gaps for alignment.
+const SLACK: u64 = 64 << 20;
 
 /// What the user wants.
 #[derive(Clone, Debug)]
@@ -127,9 +132,9 @@ pub enum LoadError {
 ///
 /// Something is wrong with the kernel, the request or the VM. A VM that did not exist before does
 /// not exist then; one that did is as it was, or, if copying had begun, `created` without memory.
-pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
-    let existing = match Vm::open(root, &job.name) {
-        Ok(vm) => Some(vm.lock(PROGRAM)?),
+pub fn load(root: &Root, job: &Job, progress: &mut Progress) -> Result<Loaded, LoadError> {
+    let existing = match Vm::open(root, &job.name).and_then(|vm| vm.lock(PROGRAM)) {
+        Ok(vm) => Some(vm),
         Err(VmError::NotFound(_)) => None,
         Err(error) => return Err(error.into()),
     };
@@ -137,7 +142,7 @@ pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
         return Err(LoadError::NoMemory);
     }
     let memory = absolute(&job.memory)?;
-    let kernel = open(&job.kernel)?;
+    let kernel = open_kernel(job, progress)?;
     let initrd = match &job.initrd {
         Some(path) => Some((path, open(path)?)),
         None => None,
@@ -165,19 +170,16 @@ pub fn load(root: &Root, job: &Job) -> Result<Loaded, LoadError> {
         Some(vm) => vm,
         None => Vm::create(root, &job.name, PROGRAM)?,
     };
-    let filled = fill(
-        &mut vm,
-        job,
-        &memory,
-        &plan,
-        &kernel,
-        initrd.as_ref().map(|i| &i.1),
-    );
+    let files = Files {
+        kernel: &kernel,
+        initrd: initrd.as_ref().map(|(_, file)| file),
+    };
+    let filled = fill(&mut vm, job, &memory, &plan, &files, progress);
     if let Err(error) = filled {
         abandon(vm, fresh);
         return Err(error);
     }
-    Ok(report(job, plan, initrd.as_ref().map(|i| &i.1)))
+    Ok(report(job, plan, files.initrd))
 }
 
 /// Programs with other working directories look for the memory file, too.
@@ -195,6 +197,16 @@ fn absolute(memory: &MemorySetup) -> Result<MemorySetup, LoadError> {
     })
 }
 
+/// A kernel that loads more bytes than the VM has is refused before it is decompressed.
+fn open_kernel(job: &Job, progress: &mut Progress) -> Result<Image, LoadError> {
+    let limit = job.memory.layout.total().saturating_add(SLACK);
+    let image = Image::new(open(&job.kernel)?, limit, progress);
+    image.map_err(|source| LoadError::Plan {
+        path: job.kernel.clone(),
+        source: source.into(),
+    })
+}
+
 fn open(path: &Path) -> Result<FileSource, LoadError> {
     File::open(path)
         .and_then(FileSource::new)
@@ -204,14 +216,20 @@ fn open(path: &Path) -> Result<FileSource, LoadError> {
         })
 }
 
+/// What is copied.
+struct Files<'a> {
+    kernel: &'a Image,
+    initrd: Option<&'a FileSource>,
+}
+
 /// bhyve's vm_reinit and what follows: memory anew, everything copied, the state stored last.
 fn fill(
     vm: &mut LockedVm,
     job: &Job,
     memory: &MemorySetup,
     plan: &LoadPlan,
-    kernel: &FileSource,
-    initrd: Option<&FileSource>,
+    files: &Files<'_>,
+    progress: &mut Progress,
 ) -> Result<(), LoadError> {
     // A damaged vm.json does not keep a VM from being loaded again.
     let old = vm.load_state().unwrap_or_else(|_| VmState::created());
@@ -225,11 +243,11 @@ fn fill(
         move |source| LoadError::Copy { path, source }
     };
     for segment in &plan.segments {
-        copy(kernel, segment.offset, segment.filesz, &ram, segment.gpa)
-            .map_err(copied(&job.kernel))?;
+        let range = (segment.offset, segment.filesz);
+        copy(files.kernel, range, &ram, segment.gpa, progress).map_err(copied(&job.kernel))?;
     }
-    if let (Some(path), Some(file), Some(gpa)) = (&job.initrd, initrd, plan.initrd) {
-        copy(file, 0, file.size(), &ram, gpa).map_err(copied(path))?;
+    if let (Some(path), Some(file), Some(gpa)) = (&job.initrd, files.initrd, plan.initrd) {
+        copy(file, (0, file.size()), &ram, gpa, progress).map_err(copied(path))?;
     }
     for blob in &plan.blobs {
         ram.write(blob.gpa, &blob.bytes)
@@ -241,8 +259,9 @@ fn fill(
         registers: plan.registers.clone(),
         ..VcpuState::reset()
     }];
+    let path = std::path::absolute(&job.kernel).unwrap_or_else(|_| job.kernel.clone());
     state.machine.boot = Some(BootInfo {
-        kernel: job.kernel.to_string_lossy().into_owned(),
+        kernel: path.to_string_lossy().into_owned(),
         protocol: plan.protocol.to_string(),
         cmdline: job.cmdline.clone(),
     });

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use rhyveload::cli::{Cli, lines};
 use rhyveload::load::load;
+use rhyveload::progress::Progress;
 use vmm_api::root::Root;
 
 fn main() -> ExitCode {
@@ -21,7 +22,13 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
     let (json, quiet) = (cli.json, cli.quiet);
-    let loaded = load(&Root::open()?, &cli.job())?;
+    let mut progress = match quiet {
+        true => Progress::hidden(),
+        false => Progress::on_terminal(),
+    };
+    let loaded = load(&Root::open()?, &cli.job(), &mut progress);
+    progress.clear();
+    let loaded = loaded?;
     let text = match (json, quiet) {
         (true, _) => serde_json::to_string(&loaded)? + "\n",
         (false, true) => String::new(),

@@ -14,8 +14,10 @@ use vmm_api::regs::Registers;
 use crate::elf::{self, Elf, ElfError};
 use crate::freebsd::env::EnvVar;
 use crate::freebsd::{self, FreebsdError};
+use crate::image::{Compression, ImageError, expand};
 use crate::linux::bzimage::{self, BzImage, BzImageError};
 use crate::linux::vmlinux;
+use crate::progress::Progress;
 use crate::pvh;
 use crate::source::Source;
 use crate::space::SpaceError;
@@ -123,6 +125,9 @@ pub enum PlanError {
     /// The file cannot be read.
     #[error("cannot read it")]
     Read(#[source] std::io::Error),
+    /// It is compressed, and that went wrong.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// No kernel of any kind.
     #[error(
         "not a kernel that rhyveload knows: neither an ELF64 file nor a Linux bzImage, and not \
@@ -209,12 +214,12 @@ fn protocol(elf: &Elf, boot: Boot) -> Protocol {
     }
 }
 
-/// Plans the load of arbitrary bytes into a VM of 256 MiB, for fuzz targets: never panics, touches
-/// nothing.
+/// Plans the load of arbitrary bytes, compressed or not, into a VM of 256 MiB, for fuzz targets:
+/// never panics, touches nothing.
 ///
 /// # Errors
 ///
-/// As [`plan`].
+/// As [`plan`], and what is wrong with compressed bytes.
 pub fn plan_kernel(bytes: &[u8]) -> Result<LoadPlan, PlanError> {
     let request = Request {
         layout: MemoryLayout::split(MemSize(256 << 20)),
@@ -224,5 +229,12 @@ pub fn plan_kernel(bytes: &[u8]) -> Result<LoadPlan, PlanError> {
         env: &[],
         initrd: None,
     };
-    plan(bytes, &request)
+    match Compression::of(bytes) {
+        None => plan(bytes, &request),
+        Some(kind) => {
+            let limit = request.layout.total();
+            let expanded = expand(kind, bytes, limit, &mut Progress::hidden())?;
+            plan(&expanded[..], &request)
+        }
+    }
 }

@@ -33,8 +33,10 @@ pub struct Params<'a> {
 impl Params<'_> {
     /// The zero page: 4096 bytes.
     pub fn encode(&self, request: &Request<'_>) -> Vec<u8> {
-        let mut params = bootparam::boot_params::default();
-        params.hdr = self.setup_header();
+        let mut params = bootparam::boot_params {
+            hdr: self.setup_header(),
+            ..Default::default()
+        };
         params.hdr.type_of_loader = LOADER_UNDEFINED;
         params.hdr.cmd_line_ptr = CMDLINE as u32;
         if let Some((gpa, len)) = self.initrd {

@@ -222,7 +222,7 @@ fn payload(h: &setup_header, size: u64) -> Result<(u64, u64), BzImageError> {
 fn place(h: &setup_header) -> Result<(u64, u64), BzImageError> {
     let pref = h.pref_address;
     // No 64-bit kernel wants to be in the last terabytes: what follows cannot overflow.
-    if pref < BIOS_AREA_END || pref > 1 << 46 {
+    if !(BIOS_AREA_END..1 << 46).contains(&pref) {
         return Err(field("pref_address", pref));
     }
     if h.init_size == 0 {

@@ -42,7 +42,7 @@ pub fn identity(kernel_end: u64) -> Vec<u8> {
     bytes[..8].copy_from_slice(&(PDPT | TABLE).to_le_bytes());
     for gib in 0..gibs {
         let at = 0x1000 + 8 * gib as usize;
-        bytes[at..at + 8].copy_from_slice(&(PD + (gib << 12) | TABLE).to_le_bytes());
+        bytes[at..at + 8].copy_from_slice(&((PD + (gib << 12)) | TABLE).to_le_bytes());
     }
     for page in 0..gibs * 512 {
         bytes.extend_from_slice(&(page << 21 | LARGE).to_le_bytes());

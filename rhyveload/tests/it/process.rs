@@ -8,61 +8,61 @@ use vmm_api::root::Root;
 use vmm_api::state::{Phase, VmState};
 use vmm_api::vm::{Vm, VmError};
 
-use crate::kernels::plain;
+use crate::kernels::{bzimage, plain};
 
-const EXE: &str = env!("CARGO_BIN_EXE_rhyveload");
+pub const EXE: &str = env!("CARGO_BIN_EXE_rhyveload");
 
-struct Place {
-    tmp: TempDir,
-    root: Root,
+pub struct Place {
+    pub tmp: TempDir,
+    pub root: Root,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let tmp = tempfile::tempdir_in("/dev/shm").unwrap();
         let root = Root::open_at(&tmp.path().join("root")).unwrap();
         Self { tmp, root }
     }
 
-    fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+    pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.tmp.path().join(name);
         std::fs::write(&path, bytes).unwrap();
         path
     }
 
-    fn command(&self, args: &[&str], kernel: &Path) -> Command {
+    pub fn command(&self, args: &[&str], kernel: &Path) -> Command {
         let mut command = Command::new(EXE);
         command.env("RHYVE_ROOT", self.root.path());
         command.args(args).arg("--kernel").arg(kernel).arg("guest0");
         command
     }
 
-    fn load(&self, args: &[&str], kernel: &Path) -> Output {
+    pub fn load(&self, args: &[&str], kernel: &Path) -> Output {
         self.command(args, kernel).output().unwrap()
     }
 
-    fn vm(&self) -> Vm {
+    pub fn vm(&self) -> Vm {
         Vm::open(&self.root, &"guest0".parse().unwrap()).unwrap()
     }
 
-    fn state(&self) -> VmState {
+    pub fn state(&self) -> VmState {
         self.vm().load_state().unwrap()
     }
 
-    fn is_absent(&self) -> bool {
+    pub fn is_absent(&self) -> bool {
         let opened = Vm::open(&self.root, &"guest0".parse().unwrap());
         matches!(opened, Err(VmError::NotFound(_)))
     }
 }
 
-fn stdout(output: &Output) -> String {
+pub fn stdout(output: &Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
 /// The one line of a load that failed.
-fn stderr(output: &Output) -> String {
+pub fn stderr(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(
@@ -168,4 +168,84 @@ fn a_vm_larger_than_its_file_system_is_refused() {
         (Phase::Created, 0)
     );
     stdout(&place.load(&["-m", "8"], &kernel));
+}
+
+#[test]
+fn an_initial_ram_disk_is_loaded() {
+    let place = Place::new();
+    let kernel = place.file("vmlinuz", &bzimage());
+    let initrd = place.file("initrd", &[7; 5000]);
+    let initrd = initrd.to_str().unwrap();
+    let args = ["-m", "64", "--initrd", initrd, "--cmdline", "quiet"];
+    let text = stdout(&place.load(&args, &kernel));
+    assert!(
+        text.contains("vmlinuz setup=0xa00 kernel=0x10000\n"),
+        "{text}"
+    );
+    assert!(text.contains("initrd size 0x1388 at 0x3ffe000\n"), "{text}");
+    assert!(
+        text.contains("entry=0x1000200 protocol=linux64\n"),
+        "{text}"
+    );
+    let memory = place.vm().open_memory(&place.state()).unwrap();
+    let mut bytes = [0; 5001];
+    memory.read(0x3ff_e000, &mut bytes).unwrap();
+    assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
+    memory.read(0x100_0000, &mut bytes).unwrap();
+    assert_eq!(bytes[0], 0xcc);
+
+    let empty = place.file("empty", b"");
+    let empty = empty.to_str().unwrap();
+    let text = stderr(&place.load(&["--initrd", empty], &kernel));
+    assert!(text.contains("the initial RAM disk is empty"), "{text}");
+    let text = stderr(&place.load(&["-m", "32", "--initrd", "/no/such/file"], &kernel));
+    assert!(
+        text.contains("/no/such/file: cannot open it: No such file"),
+        "{text}"
+    );
+}
+
+#[test]
+fn memory_elsewhere_and_wired() {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    let dir = place.tmp.path().join("elsewhere");
+    std::fs::create_dir(&dir).unwrap();
+    let path = dir.to_str().unwrap();
+    stdout(&place.load(&["-S", "-m", "8", "--mem-path", path], &kernel));
+    let files: Vec<_> = dir.read_dir().unwrap().map(|f| f.unwrap().path()).collect();
+    let metadata = files[0].metadata().unwrap();
+    assert_eq!(
+        (files.len(), metadata.len(), metadata.blocks()),
+        (1, 8 << 20, 8 << 11)
+    );
+    assert!(place.state().machine.wired);
+    let text = stderr(&place.load(&["--mem-path", "/no/such/dir"], &kernel));
+    assert!(text.contains("/no/such/dir"), "{text}");
+    assert_eq!(place.state().phase, Phase::Loaded, "nothing was touched");
+
+    stdout(&place.load(&["-m", "8"], &kernel));
+    assert_eq!(dir.read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn usage_is_checked() {
+    let place = Place::new();
+    let kernel = place.file("kernel", &plain());
+    let refused = |args: &[&str]| {
+        let output = place.load(args, &kernel);
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused(&["-m", "12X"]).contains("no memory size"));
+    assert!(refused(&["-e", "novalue"]).contains("give name=value"));
+    assert!(refused(&["--boot", "multiboot"]).contains("linux64"));
+    assert!(refused(&["--quiet", "--json"]).contains("cannot be used with"));
+    assert!(refused(&["bad/name"]).contains("only A-Z"));
+    let text = stderr(&place.load(&["-m", "4G", "-M", "1G"], &kernel));
+    assert!(text.contains("lowmem ends at 3 GiB"), "{text}");
+    let text = stderr(&place.load(&["-m", "0"], &kernel));
+    assert!(text.contains("needs some lowmem"), "{text}");
+    assert!(place.is_absent());
 }
