@@ -318,7 +318,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::config::{ComBackend, RtcBase};
+    use crate::config::RtcBase;
 
     fn invoke(line: &str) -> Result<Invocation, CliError> {
         parse(std::iter::once("rhyve").chain(line.split_whitespace()))
@@ -380,7 +380,10 @@ mod tests {
             Some(2 << 30)
         );
         assert_eq!(machine("-p 0:3 guest0").pins[&0].first(), Some(&3));
-        assert_eq!(machine("-l com2,pty guest0").com[1], Some(ComBackend::Pty));
+        assert_eq!(
+            machine("-l com2,pty guest0").com[1],
+            Some(crate::console::ConsoleConf::Pty)
+        );
         assert_eq!(machine("-s 31,amd_hostbridge guest0").slots.len(), 2);
         assert_eq!(machine("--debug-exit guest0").debug_exit, Some(0xf4));
         assert_eq!(machine("--debug-exit=0x501 guest0").debug_exit, Some(0x501));

@@ -1,16 +1,102 @@
 //! Runs a virtual machine: vCPU threads, exits and device models.
+//!
+//! [`cli`] and [`config`] turn the command line into a plain specification; [`builder`] makes a
+//! [`machine`] of it: buses, devices, firmware tables, and a thread a vCPU ([`sequencer`]);
+//! [`run`] sees it through to its end.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+use vmm_api::name::VmName;
+use vmm_api::state::StopReason;
+
+use crate::cli::Invocation;
+use crate::sequencer::{Cause, EXIT_ERROR};
+
+pub mod builder;
 pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod console;
+mod control;
+mod dump;
 pub mod firmware;
 pub mod irq;
 pub mod isa;
+pub mod machine;
 pub mod mevent;
 pub mod pci;
+pub mod run;
+pub mod sequencer;
 pub mod suspend;
 #[cfg(test)]
 pub mod testing;
+
+/// An error and its sources on one line: `outer: cause`.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text += &format!(": {source}");
+        next = source.source();
+    }
+    text
+}
+
+/// The whole program: reads its command line, runs the machine, and says how it ended.
+///
+/// The exit status is bhyve's: 0 reboot, 1 power-off, 2 halt, 3 triple fault, 4 error.
+pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
+    let (spec, trace) = match cli::parse(args) {
+        Ok(Invocation::Run(spec, trace)) => (spec, trace),
+        Ok(Invocation::Print(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Invocation::Done) => return ExitCode::SUCCESS,
+        Err(error) => {
+            error.print();
+            return ExitCode::from(EXIT_ERROR);
+        }
+    };
+    if let Err(error) = tracing(trace.as_deref()) {
+        eprintln!("rhyve: --trace: {error}");
+        return ExitCode::from(EXIT_ERROR);
+    }
+    match run::run(&spec) {
+        Ok(cause) => {
+            tell(&spec.name, &cause);
+            ExitCode::from(cause.status)
+        }
+        Err(error) => {
+            eprintln!("rhyve: {}", chain(&error));
+            ExitCode::from(EXIT_ERROR)
+        }
+    }
+}
+
+/// Says how the guest ended, unless it was by its own will.
+fn tell(name: &VmName, cause: &Cause) {
+    if matches!(cause.reason, StopReason::Reset | StopReason::PowerOff) {
+        return;
+    }
+    match &cause.detail {
+        Some(detail) => eprintln!("rhyve: {name}: {}: {detail}", cause.reason.words()),
+        None => eprintln!("rhyve: {name}: {}", cause.reason.words()),
+    }
+    if let Some(report) = &cause.report {
+        eprint!("{report}");
+    }
+}
+
+fn tracing(filter: Option<&str>) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter = EnvFilter::try_new(filter.unwrap_or("warn"))?;
+    let format = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter);
+    format.with_ansi(std::io::stderr().is_terminal()).init();
+    Ok(())
+}

@@ -1,3 +1,5 @@
 //! The `rhyve` program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    rhyve::main(std::env::args_os())
+}

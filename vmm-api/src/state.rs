@@ -80,6 +80,8 @@ pub enum StopReason {
     TripleFault,
     /// Stopped from outside: a signal, `vmmctl`, the console's escape.
     Stopped,
+    /// rhyve was killed while the guest ran: memory is as it was then, registers are as loaded.
+    Killed,
     /// The guest wrote to the debug-exit port.
     DebugExit,
     /// The monitor could not go on.
@@ -95,6 +97,7 @@ impl StopReason {
             Self::Halt => "halt",
             Self::TripleFault => "triple fault",
             Self::Stopped => "stopped from outside",
+            Self::Killed => "rhyve was killed",
             Self::DebugExit => "debug exit",
             Self::Error => "error",
         }

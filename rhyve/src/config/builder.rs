@@ -1,5 +1,6 @@
 //! From single flags and variables to a whole machine.
 
+use crate::console::ConsoleConf;
 use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
@@ -8,8 +9,8 @@ use vmm_api::name::VmName;
 
 use super::com::{ComPort, io_port};
 use super::{
-    ComBackend, ConfigError, Era, LpcSpec, MachineSpec, PciAddress, Problem, RtcBase, SlotDevice,
-    SlotSpec, TopologyRequest,
+    ConfigError, Era, LpcSpec, MachineSpec, PciAddress, Problem, RtcBase, SlotDevice, SlotSpec,
+    TopologyRequest,
 };
 
 /// Collects flags and variables until they are a [`MachineSpec`].
@@ -37,7 +38,7 @@ pub struct SpecBuilder {
     pub(super) rtc: RtcBase,
     pub(super) uuid: Option<Uuid>,
     pub(super) slots: BTreeMap<PciAddress, SlotSpec>,
-    pub(super) com: [Option<ComBackend>; 4],
+    pub(super) com: [Option<ConsoleConf>; 4],
     debug_exit: Option<u16>,
 }
 
@@ -257,7 +258,7 @@ impl SpecBuilder {
             .com
             .iter()
             .flatten()
-            .filter(|com| **com == ComBackend::Stdio);
+            .filter(|com| **com == ConsoleConf::Stdio);
         if on_stdio.count() > 1 {
             return Err(Problem::Shared("standard input and output"));
         }
@@ -342,7 +343,7 @@ mod tests {
         builder.lpc("com1,stdio").unwrap();
         let spec = builder.settle().unwrap();
         assert_eq!(spec.topology.cpus, 2);
-        assert_eq!(spec.com[0], Some(ComBackend::Stdio));
+        assert_eq!(spec.com[0], Some(ConsoleConf::Stdio));
     }
 
     #[test]

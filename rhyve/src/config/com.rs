@@ -1,8 +1,8 @@
 //! `-l`: serial ports and what is at their other end.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 use std::str::FromStr;
+
+use crate::console::{ConfError, ConsoleConf};
 
 /// One of the four serial ports a PC has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,30 +17,13 @@ pub enum ComPort {
     Com4,
 }
 
-/// What a serial port is connected to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ComBackend {
-    /// Standard input and output.
-    Stdio,
-    /// A new pseudo-terminal, whose name is printed.
-    Pty,
-    /// A terminal device that exists.
-    Tty(PathBuf),
-    /// A Unix stream socket that rhyve makes and listens on.
-    Unix(PathBuf),
-    /// A TCP port on loopback that rhyve listens on.
-    Tcp(SocketAddr),
-    /// A file that gets what the guest writes; the guest reads nothing.
-    File(PathBuf),
-}
-
 /// One `-l comN,CONF`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ComSpec {
     /// The port.
     pub port: ComPort,
     /// What it is connected to.
-    pub backend: ComBackend,
+    pub backend: ConsoleConf,
 }
 
 /// One `-l` argument.
@@ -58,21 +41,9 @@ pub enum LpcError {
     /// A serial port without its other end.
     #[error("say what {0} is connected to, as in {0},stdio; -l help lists what there is")]
     NoBackend(String),
-    /// The other end is of no known kind.
-    #[error("'{0}' is nothing a serial port can be connected to: -l help lists what there is")]
-    Backend(String),
-    /// `unix:` or `file:` without a path.
-    #[error("'{0}' has no path behind it")]
-    NoPath(String),
-    /// Not a port, or not an address and a port.
-    #[error("'{0}' is not a TCP port: write tcp=PORT or tcp=127.0.0.1:PORT")]
-    Tcp(String),
-    /// An address others can reach.
-    #[error(
-        "{0} can be reached by other machines, and a serial port asks nobody who he is: \
-         use a loopback address, and ssh -L to reach it"
-    )]
-    NotLoopback(IpAddr),
+    /// The other end cannot be.
+    #[error(transparent)]
+    Console(#[from] ConfError),
     /// Not an I/O port.
     #[error("'{0}' is not an I/O port: write a number from 0 to 0xffff, as in debugexit,0xf4")]
     Port(String),
@@ -160,42 +131,6 @@ impl FromStr for ComPort {
     }
 }
 
-impl FromStr for ComBackend {
-    type Err = LpcError;
-
-    fn from_str(text: &str) -> Result<Self, LpcError> {
-        let path = |path: &str| match path {
-            "" => Err(LpcError::NoPath(text.to_owned())),
-            path => Ok(PathBuf::from(path)),
-        };
-        match text.split_once([':', '=']) {
-            _ if text == "stdio" => Ok(Self::Stdio),
-            _ if text == "pty" => Ok(Self::Pty),
-            _ if text.starts_with('/') => Ok(Self::Tty(text.into())),
-            Some(("unix", rest)) => Ok(Self::Unix(path(rest)?)),
-            Some(("file", rest)) => Ok(Self::File(path(rest)?)),
-            Some(("tcp", rest)) => Ok(Self::Tcp(loopback(rest)?)),
-            _ => Err(LpcError::Backend(text.to_owned())),
-        }
-    }
-}
-
-/// Reads `PORT` or `ADDR:PORT`; the address must be this machine's own.
-fn loopback(text: &str) -> Result<SocketAddr, LpcError> {
-    let tcp = || LpcError::Tcp(text.to_owned());
-    let address = match text.parse::<u16>() {
-        Ok(port) => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-        Err(_) => text.parse::<SocketAddr>().map_err(|_| tcp())?,
-    };
-    if address.port() == 0 {
-        return Err(tcp());
-    }
-    if !address.ip().is_loopback() {
-        return Err(LpcError::NotLoopback(address.ip()));
-    }
-    Ok(address)
-}
-
 /// Reads an I/O port, decimal or with 0x.
 ///
 /// # Errors
@@ -236,27 +171,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_backend_is_read() {
-        let tcp = |text: &str| ComBackend::Tcp(text.parse().unwrap());
-        for (text, backend) in [
-            ("stdio", ComBackend::Stdio),
-            ("pty", ComBackend::Pty),
-            ("/dev/pts/3", ComBackend::Tty("/dev/pts/3".into())),
-            ("unix:/run/a=b", ComBackend::Unix("/run/a=b".into())),
-            ("file=log", ComBackend::File("log".into())),
-            ("tcp=5000", tcp("127.0.0.1:5000")),
-            ("tcp=127.0.0.2:5000", tcp("127.0.0.2:5000")),
-            ("tcp:[::1]:5000", tcp("[::1]:5000")),
-        ] {
-            assert_eq!(text.parse(), Ok(backend), "{text}");
-        }
-    }
-
-    #[test]
     fn every_device_is_read() {
         let com2 = ComSpec {
             port: ComPort::Com2,
-            backend: ComBackend::Pty,
+            backend: ConsoleConf::Pty,
         };
         assert_eq!("com2,pty".parse(), Ok(LpcSpec::Com(com2)));
         assert_eq!("debugexit".parse(), Ok(LpcSpec::DebugExit(0xf4)));
@@ -267,15 +185,7 @@ mod tests {
     fn each_mistake_is_named() {
         let err = |s: &str| s.parse::<LpcSpec>().unwrap_err();
         assert_eq!(err("com1"), LpcError::NoBackend("com1".into()));
-        assert_eq!(err("com1,"), LpcError::Backend("".into()));
-        assert_eq!(err("com1,nmdm"), LpcError::Backend("nmdm".into()));
-        assert_eq!(err("com1,unix:"), LpcError::NoPath("unix:".into()));
-        assert_eq!(err("com1,tcp=0"), LpcError::Tcp("0".into()));
-        assert_eq!(err("com1,tcp=host:1"), LpcError::Tcp("host:1".into()));
-        assert_eq!(
-            err("com1,tcp=0.0.0.0:1"),
-            LpcError::NotLoopback([0, 0, 0, 0].into())
-        );
+        assert!(matches!(err("com1,nmdm"), LpcError::Console(_)));
         assert_eq!(err("com5,stdio"), LpcError::Unknown("com5".into()));
         assert_eq!(err("debugexit,65536"), LpcError::Port("65536".into()));
         for (name, why) in NOT_YET {

@@ -11,6 +11,8 @@ use uuid::Uuid;
 use vmm_api::memory::{MemSizeError, MemoryLayout};
 use vmm_api::name::{NameError, VmName};
 
+use crate::console::ConsoleConf;
+
 mod builder;
 mod com;
 mod slot;
@@ -18,7 +20,7 @@ mod topology;
 mod variable;
 
 pub use builder::SpecBuilder;
-pub use com::{ComBackend, ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
+pub use com::{ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
 pub use slot::{PciAddress, SlotDevice, SlotError, SlotSpec, help as slot_help};
 pub use topology::{CpuTopology, TopologyError, TopologyRequest};
 
@@ -53,7 +55,7 @@ pub struct MachineSpec {
     pub name: VmName,
     /// Which bhyve to look like.
     pub era: Era,
-    /// Virtual CPUs; the APIC id of each is its number.
+    /// Virtual CPUs; the APIC id of each comes from its place.
     pub topology: CpuTopology,
     /// Host CPUs a virtual CPU may run on; those which are not in the map run anywhere.
     pub pins: BTreeMap<u16, BTreeSet<usize>>,
@@ -84,7 +86,7 @@ pub struct MachineSpec {
     /// PCI functions by address; there is always one in slot 0.
     pub slots: Vec<SlotSpec>,
     /// The serial ports, com1 first.
-    pub com: [Option<ComBackend>; 4],
+    pub com: [Option<ConsoleConf>; 4],
     /// I/O port of an isa-debug-exit device, if there is to be one.
     pub debug_exit: Option<u16>,
 }

@@ -15,6 +15,25 @@ pub struct CpuTopology {
     pub threads: u16,
 }
 
+impl CpuTopology {
+    /// Each vCPU's number and APIC id.
+    pub fn apic_ids(self) -> impl Iterator<Item = (u32, u32)> {
+        let topology = vmm_api::topology::Topology::from(self);
+        (0..self.cpus.into()).map(move |index| (index, topology.apic_id(index)))
+    }
+}
+
+impl From<CpuTopology> for vmm_api::topology::Topology {
+    fn from(cpus: CpuTopology) -> Self {
+        let [sockets, cores, threads] = [cpus.sockets, cpus.cores, cpus.threads].map(u32::from);
+        Self {
+            sockets,
+            cores,
+            threads,
+        }
+    }
+}
+
 /// Why a topology is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopologyError {

@@ -146,7 +146,7 @@ impl SpecBuilder {
             ["lpc", port, "path"] if ComPort::from_str(port).is_ok() => {
                 let spec = ComSpec {
                     port: port.parse()?,
-                    backend: value.parse()?,
+                    backend: value.parse().map_err(super::LpcError::from)?,
                 };
                 self.com[spec.port.index()] = Some(spec.backend);
             }

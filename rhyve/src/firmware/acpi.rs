@@ -11,6 +11,8 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 
+use crate::config::CpuTopology;
+
 use super::{FirmwareSpec, IOAPIC_BASE, IOAPIC_ID, LAPIC_BASE, SCI, TIMER_PIN, checksum, dsdt, pm};
 
 /// Who made the tables.
@@ -67,7 +69,7 @@ pub(super) fn build(spec: &FirmwareSpec, base: u64) -> Vec<u8> {
     let facs = area.push(&bytes(&FACS::new()));
     let dsdt = area.push(&table(b"DSDT", 2, &dsdt::build(spec)));
     let fadt = area.push(&bytes(&fadt(spec, facs as u32, dsdt)));
-    let madt = area.push(&table(b"APIC", 5, &madt(spec.topology.cpus)));
+    let madt = area.push(&table(b"APIC", 5, &madt(spec.topology)));
     let mut tables = vec![fadt, madt];
     if let Some(ecam) = spec.ecam {
         let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -152,7 +154,7 @@ fn fadt(spec: &FirmwareSpec, facs: u32, dsdt: u64) -> FADT {
 }
 
 /// Interrupt controllers (5.2.12).
-fn madt(cpus: u16) -> Vec<u8> {
+fn madt(topology: CpuTopology) -> Vec<u8> {
     /// There are two 8259s as well.
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u32 = 1;
@@ -167,17 +169,17 @@ fn madt(cpus: u16) -> Vec<u8> {
         body.extend([kind, fields.len() as u8 + 2]);
         body.extend(fields);
     };
-    for id in 0..u32::from(cpus) {
-        match u8::try_from(id) {
+    for (uid, id) in topology.apic_ids() {
+        match (u8::try_from(uid), u8::try_from(id)) {
             // Id 255 addresses all APICs in 8 bits, and 255 as UID all processors.
-            Ok(small) if small < 0xff => entry(0, &[&[small, small], &ENABLED.to_le_bytes()]),
+            (Ok(uid), Ok(id)) if id < 0xff => entry(0, &[&[uid, id], &ENABLED.to_le_bytes()]),
             _ => entry(
                 9,
                 &[
                     &[0; 2],
                     &id.to_le_bytes(),
                     &ENABLED.to_le_bytes(),
-                    &id.to_le_bytes(),
+                    &uid.to_le_bytes(),
                 ],
             ),
         }
@@ -202,7 +204,7 @@ fn madt(cpus: u16) -> Vec<u8> {
     }
     // LINT1 of every local APIC is NMI.
     entry(4, &[&[0xff], &[0; 2], &[1]]);
-    if cpus > 0xff {
+    if topology.cpus > 0xff {
         entry(10, &[&[0; 2], &u32::MAX.to_le_bytes(), &[1, 0, 0, 0]]);
     }
     body

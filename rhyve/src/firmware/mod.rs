@@ -100,7 +100,7 @@ pub struct FirmwareSpec {
     pub name: VmName,
     /// The machine's UUID.
     pub uuid: Option<Uuid>,
-    /// Virtual CPUs; vCPU n has APIC id n.
+    /// Virtual CPUs; their APIC ids come from their places in it.
     pub topology: CpuTopology,
     /// What the MP table and SMBIOS say of the processor.
     pub processor: ProcessorId,
@@ -170,7 +170,7 @@ pub struct Blob {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FirmwareError {
     /// More CPUs than 8-bit APIC ids can name.
-    #[error("an MP table cannot name {0} CPUs, only {max}: leave it out with -Y", max = mptable::MAX_CPUS)]
+    #[error("an MP table has 8-bit APIC ids, too few for {0} CPUs: leave it out with -Y")]
     TooManyCpus(u16),
     /// The guest has no RAM where the tables belong.
     #[error(

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::config::Era;
 
-/// CPUs a table can name: ids 0 to 254, 255 addresses all.
-pub(super) const MAX_CPUS: u16 = 255;
+/// The APIC id that addresses all APICs, and so names none.
+const ALL_APICS: u8 = 0xff;
 
 /// MP specification 1.4.
 const SPEC_REV: u8 = 4;
@@ -170,13 +170,11 @@ impl Entries {
 /// # Errors
 /// [`FirmwareError::TooManyCpus`].
 pub(super) fn build(spec: &FirmwareSpec, base: u64) -> Result<Vec<u8>, FirmwareError> {
-    let cpus = spec.topology.cpus;
     let form = Form::of(spec);
     let mut entries = Entries::default();
-    if cpus > MAX_CPUS {
-        return Err(FirmwareError::TooManyCpus(cpus));
-    }
-    for apic_id in 0..cpus as u8 {
+    for (_, id) in spec.topology.apic_ids() {
+        let apic_id = u8::try_from(id).ok().filter(|id| *id != ALL_APICS);
+        let apic_id = apic_id.ok_or(FirmwareError::TooManyCpus(spec.topology.cpus))?;
         entries.push(&Processor {
             kind: PROCESSOR,
             apic_id,

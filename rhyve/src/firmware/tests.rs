@@ -339,7 +339,7 @@ fn nothing_is_made_that_was_not_asked_for() {
 fn what_cannot_be_described_is_refused() {
     let topology = "256".parse().unwrap();
     let err = build(&FirmwareSpec { topology, ..spec() }).unwrap_err();
-    let text = "an MP table cannot name 256 CPUs, only 255: leave it out with -Y";
+    let text = "an MP table has 8-bit APIC ids, too few for 256 CPUs: leave it out with -Y";
     assert_eq!(
         (err.to_string().as_str(), err),
         (text, FirmwareError::TooManyCpus(256))

@@ -13,7 +13,7 @@ mod tests;
 
 pub use client::{Client, ClientError};
 pub use proto::{Change, Hello, Refusal, RunPhase, Status};
-pub use server::Server;
+pub use server::{ServeError, Server};
 
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};

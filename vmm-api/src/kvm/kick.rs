@@ -64,9 +64,9 @@ pub(super) unsafe fn arm(immediate_exit: *mut u8) -> Kick {
         }
     });
     IMMEDIATE_EXIT.with(|cell| cell.set(immediate_exit));
-    // SAFETY: gettid has no preconditions.
-    let tid = unsafe { libc::gettid() };
-    Kick { tid }
+    Kick {
+        tid: nix::unistd::gettid().as_raw(),
+    }
 }
 
 /// The calling thread runs no vCPU any more.

@@ -438,6 +438,20 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// The guest-physical address of a linear one, by the vCPU's own page tables; none if they do
+    /// not map it.
+    ///
+    /// # Errors
+    ///
+    /// KVM cannot walk them.
+    pub fn translate(&self, linear: u64) -> Result<Option<u64>, KvmError> {
+        let found = self
+            .fd
+            .translate_gva(linear)
+            .map_err(ioctl("translate an address"))?;
+        Ok((found.valid != 0).then_some(found.physical_address))
+    }
+
     /// Sends a non-maskable interrupt.
     ///
     /// # Errors

@@ -1,0 +1,169 @@
+//! The machine while it runs: its vCPUs, how to reach them, and what belongs to all of them.
+//!
+//! Lock order: port bus < PCI configuration < device < console wire < mailbox. A lock of the port
+//! bus is released before a handler runs; a mailbox's before a query runs.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use vmm_api::control::Refusal;
+use vmm_api::kvm::{Counters, KvmVcpu, KvmVm};
+use vmm_api::memory::MemoryLayout;
+
+use crate::bus::PortBus;
+use crate::irq::IrqLine;
+use crate::sequencer::{Ending, Mailbox};
+
+/// What is kept of a vCPU outside of its own thread.
+pub struct Seat {
+    /// Notes to its thread.
+    pub mailbox: Arc<Mailbox>,
+    /// What it counts.
+    pub counters: Arc<Counters>,
+    /// KVM's statistics of it, where there are any.
+    pub stats: Option<File>,
+}
+
+/// A machine whose vCPUs run.
+pub struct Machine {
+    /// The vCPUs by index.
+    pub seats: Vec<Seat>,
+    /// Who answers at which port.
+    pub ports: Arc<PortBus>,
+    /// How it ends.
+    pub ending: Arc<Ending>,
+    /// Where RAM lies.
+    pub layout: MemoryLayout,
+    /// KVM's statistics of the VM, where there are any.
+    pub stats: Option<File>,
+    /// When the vCPUs started.
+    pub started: Instant,
+    /// Held by whoever pauses or resumes.
+    pub paused: Mutex<bool>,
+}
+
+impl Machine {
+    /// Number of vCPUs.
+    pub fn vcpu_count(&self) -> u32 {
+        u32::try_from(self.seats.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether the machine is paused.
+    pub fn is_paused(&self) -> bool {
+        *self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is kept of a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU.
+    pub fn seat(&self, vcpu: u32) -> Result<&Seat, Refusal> {
+        let seat = usize::try_from(vcpu).ok().and_then(|n| self.seats.get(n));
+        seat.ok_or(Refusal::NoSuchVcpu {
+            vcpu,
+            vcpus: self.vcpu_count(),
+        })
+    }
+
+    /// Has a vCPU's thread do something between two entries, with its registers consistent.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it does not come out of the guest.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        vcpu: u32,
+        query: impl FnOnce(&mut KvmVcpu) -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
+        self.seat(vcpu)?
+            .mailbox
+            .ask(query)
+            .ok_or(Refusal::Timeout { vcpu })
+    }
+
+    /// Holds every vCPU; returns once none is in the guest.
+    ///
+    /// # Errors
+    ///
+    /// A vCPU does not come out, or the machine is ending.
+    pub fn pause(&self) -> Result<(), Refusal> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        self.alive()?;
+        self.hold()?;
+        *paused = true;
+        Ok(())
+    }
+
+    /// Lets the vCPUs go on.
+    ///
+    /// # Errors
+    ///
+    /// The machine is ending.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        self.alive()?;
+        self.seats.iter().for_each(|seat| seat.mailbox.release());
+        *paused = false;
+        Ok(())
+    }
+
+    /// Holds every vCPU, whether the machine is ending or not.
+    ///
+    /// # Errors
+    ///
+    /// A vCPU does not come out.
+    pub fn hold(&self) -> Result<(), Refusal> {
+        self.seats.iter().for_each(|seat| seat.mailbox.hold());
+        for (vcpu, seat) in (0..).zip(&self.seats) {
+            if !seat.mailbox.wait_held() {
+                return Err(Refusal::Timeout { vcpu });
+            }
+        }
+        Ok(())
+    }
+
+    fn alive(&self) -> Result<(), Refusal> {
+        if self.ending.cause().is_some() {
+            Err(Refusal::Ending)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Presses the guest's power button; false if the guest has not enabled it.
+    pub fn press_power_button(&self) -> bool {
+        false
+    }
+}
+
+/// A pin of KVM's interrupt controllers.
+pub struct KvmIrq {
+    vm: Arc<KvmVm>,
+    gsi: u32,
+    failed: AtomicBool,
+}
+
+impl KvmIrq {
+    /// The line with this number (GSI 0-23).
+    pub fn new(vm: Arc<KvmVm>, gsi: u32) -> Arc<Self> {
+        Arc::new(Self {
+            vm,
+            gsi,
+            failed: AtomicBool::new(false),
+        })
+    }
+}
+
+impl IrqLine for KvmIrq {
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.vm.set_irq_line(self.gsi, asserted) {
+            // Once is enough: a line that fails does so at each interrupt.
+            if !self.failed.swap(true, SeqCst) {
+                tracing::error!(target: "rhyve::irq", "IRQ {}: {}", self.gsi, crate::chain(&error));
+            }
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! The sequencer: one thread a vCPU that enters the guest, serves its exits and looks into its
+//! mailbox; and how the machine comes to an end.
+//!
+//! ```text
+//!  control, console, devices --> Mailbox (queries, hold, quit) --> vCPU thread --> PortBus
+//!                            --> Ending (first cause wins)     --> main thread
+//! ```
+
+mod ending;
+mod halt;
+mod mailbox;
+mod vcpu;
+
+pub use ending::{Cause, EXIT_ERROR, Ending};
+pub use halt::HaltWatch;
+pub use mailbox::{Mailbox, Next};
+pub use vcpu::{ExitPolicy, Vcpu};
