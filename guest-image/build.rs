@@ -1,9 +1,9 @@
 //! Compiles the probe kernel and refuses it if it touches a register that ring 0 must not.
 //!
 //! The kernel is compiled for the host's target without its libraries, because a bare-metal target
-//! is not part of a plain Rust installation. The host's `core` is compiled with SSE, and a hypervisor that
-//! emulates ring 0 has none: so the compiler is told to use none, and the linked file is
-//! disassembled to see that none came in.
+//! is not part of a plain Rust installation. The host's `core` is compiled with SSE, and a
+//! hypervisor that emulates ring 0 has none: so the compiler is told to use none, and the linked
+//! file is disassembled to see that none came in.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -78,8 +78,8 @@ fn compile(sources: &Path, elf: &Path) -> Result<(), Box<dyn Error>> {
     if !output.status.success() {
         return Err(format!("rustc failed\n{text}").into());
     }
-    // The compiler warns of its own flags (rust-lang/rust issue 116344); a warning with a place is the
-    // kernel's.
+    // The compiler warns of its own flags (rust-lang/rust issue 116344); a warning with a place is
+    // the kernel's.
     for warning in text
         .split("\n\n")
         .filter(|warning| warning.contains("\n  --> "))

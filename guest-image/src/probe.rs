@@ -1,11 +1,13 @@
-//! The `probe` profile: our own freestanding kernel, compiled into this program (`guests/probe`, by the build script).
+//! The `probe` profile: our own freestanding kernel, compiled into this program (`guests/probe`, by
+//! the build script).
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::image::{Artifact, Image, Role};
 
-/// The kernel: a static ELF64 executable, linked to run at 2 MiB in long mode, with a Xen note of type 18 (PVH).
+/// The kernel: a static ELF64 executable, linked to run at 2 MiB in long mode, with a Xen note of
+/// type 18 (PVH).
 pub static PROBE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.elf"));
 
 /// Why the image could not be made.

@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: load, run, look, end; each step is a command that a person could type.
 //!
-//! The guest's console is a pipe here: what it says is shown and searched for what has to be seen, and
-//! commands are typed into it.
+//! The guest's console is a pipe here: what it says is shown and searched for what has to be seen,
+//! and commands are typed into it.
 
 use std::env;
 use std::error::Error;
@@ -18,8 +18,8 @@ use crate::{TaskResult, project, task_guest_image};
 
 /// Load a guest, run it, look into it while it runs, and end it
 ///
-/// Builds what is needed first. Exit status 0 only if the guest reported, vmmctl showed its registers while
-/// it ran, and it switched itself off.
+/// Builds what is needed first. Exit status 0 only if the guest reported, vmmctl showed its
+/// registers while it ran, and it switched itself off.
 #[derive(Debug, Args)]
 pub struct Demo {
     /// The guest

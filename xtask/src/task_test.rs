@@ -1,10 +1,12 @@
-//! `cargo xtask test`: everything that is checked, in the order in which mistakes are cheapest to find.
+//! `cargo xtask test`: everything that is checked, in the order in which mistakes are cheapest to
+//! find.
 //!
-//! Test programs are built by Cargo and run here, one at a time, each within a time limit. The name of an
-//! integration test says where it runs: `tests/host_*.rs` on this machine's /dev/kvm, `tests/nested_*.rs` in the
-//! nested lane (its tests are marked `#[ignore = "nested lane"]`, so that a plain `cargo test` leaves them
-//! alone), everything else anywhere. Ignored tests are always included, so nothing is skipped; a lane that
-//! cannot run is a failure with its reason and its mend.
+//! Test programs are built by Cargo and run here, one at a time, each within a time limit. The name
+//! of an integration test says where it runs: `tests/host_*.rs` on this machine's /dev/kvm,
+//! `tests/nested_*.rs` in the nested lane (its tests are marked `#[ignore = "nested lane"]`, so
+//! that a plain `cargo test` leaves them alone), everything else anywhere. Ignored tests are always
+//! included, so nothing is skipped; a lane that cannot run is a failure with its reason and its
+//! mend.
 
 use std::env;
 use std::error::Error;
@@ -323,8 +325,8 @@ struct Counts {
 }
 
 impl Counts {
-    /// Reads libtest's result, `test result: ok. 2 passed; 0 failed; ...`, and the names in the last of
-    /// its lists of failures. Not the line of each test: what tests write may run into it.
+    /// Reads libtest's result, `test result: ok. 2 passed; 0 failed; ...`, and the names in the
+    /// last of its lists of failures. Not the line of each test: what tests write may run into it.
     fn read(output: &str) -> Self {
         let mut counts = Counts::default();
         let mut listing = false;
@@ -401,7 +403,9 @@ mod tests {
     fn test_programs_are_found_in_cargos_messages() {
         let message = |kind: &str, name: &str, test: bool| {
             format!(
-                r#"{{"reason":"compiler-artifact","manifest_path":"/w/rhyve/Cargo.toml","target":{{"kind":["{kind}"],"name":"{name}"}},"profile":{{"test":{test}}},"executable":"/t/{name}"}}"#
+                r#"{{"reason":"compiler-artifact","manifest_path":"/w/rhyve/Cargo.toml",
+                    "target":{{"kind":["{kind}"],"name":"{name}"}},
+                    "profile":{{"test":{test}}},"executable":"/t/{name}"}}"#
             )
         };
         let messages = [
@@ -411,6 +415,8 @@ mod tests {
             message("test", "nested_boot", true),
             r#"{"reason":"build-finished","success":true}"#.to_owned(),
         ];
+        // Cargo writes each on one line.
+        let messages = messages.map(|message| message.replace('\n', ""));
         let programs = parse(&messages.join("\n"));
         let found: Vec<_> = programs.iter().map(|p| (p.to_string(), p.lane())).collect();
         assert_eq!(

@@ -1,5 +1,5 @@
-//! The ACPI tables that matter here: RSDP, RSDT or XSDT, MADT, FADT, and \_S5 in the DSDT (ACPI 6.5,
-//! chapter 5).
+//! The ACPI tables that matter here: RSDP, RSDT or XSDT, MADT, FADT, and \_S5 in the DSDT (ACPI
+//! 6.5, chapter 5).
 
 use crate::boot::BootInfo;
 use crate::memory::{checksum_is_zero, find32, peek8, peek32, peek64};
@@ -90,7 +90,8 @@ impl Acpi {
             .find(|&table| peek32(table) == Some(signature))
     }
 
-    /// Whether the root table and all that it names have good checksums; an error says what is wrong.
+    /// Whether the root table and all that it names have good checksums; an error says what is
+    /// wrong.
     pub fn check(&self) -> Result<(), &'static str> {
         let good = |table| length(table).is_some_and(|length| checksum_is_zero(table, length));
         if !good(self.root) {

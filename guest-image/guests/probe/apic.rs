@@ -1,5 +1,5 @@
-//! The local APIC, by its MSRs (x2APIC) or its page, and one line of the I/O APIC (Intel SDM volume 3,
-//! chapter 10; Intel 82093AA data sheet).
+//! The local APIC, by its MSRs (x2APIC) or its page, and one line of the I/O APIC (Intel SDM volume
+//! 3, chapter 10; Intel 82093AA data sheet).
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -64,7 +64,8 @@ fn write(register: u32, value: u32) {
     }
 }
 
-/// Switches this CPU's local APIC on, as an x2APIC if CPUID offers one; an error says what is wrong.
+/// Switches this CPU's local APIC on, as an x2APIC if CPUID offers one; an error says what is
+/// wrong.
 ///
 /// LINT0 is masked: the 8259s have nothing to say here, whatever is written to them later.
 pub fn enable() -> Result<(), &'static str> {
@@ -146,7 +147,8 @@ pub fn send(to: u32, command: u32) {
 /// how many pins the chip has; an error says why it cannot be done.
 pub fn route(base: u64, pin: u32, vector: u8) -> Result<u32, &'static str> {
     let access = |register: u32| {
-        // SAFETY: the I/O APIC's index register, at the address that a table names or the customary one.
+        // SAFETY: the I/O APIC's index register, at the address that a table names or the customary
+        // one.
         unsafe { mmio_write(base, register) };
         base + 0x10
     };

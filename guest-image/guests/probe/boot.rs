@@ -1,8 +1,8 @@
 //! What the loader hands over: the memory map and texts, by either boot protocol.
 //!
 //! FreeBSD's metadata is a list of records {u32 type, u32 length, payload padded to 8} (sys/kern/
-//! subr_module.c, sys/sys/linker.h, sys/x86/include/metadata.h); PVH's is struct hvm_start_info (Xen, include/public/arch-x86/hvm/
-//! start_info.h).
+//! subr_module.c, sys/sys/linker.h, sys/x86/include/metadata.h); PVH's is struct hvm_start_info
+//! (Xen, include/public/arch-x86/hvm/ start_info.h).
 
 use crate::entry::{self, PROTOCOL_METADATA, PROTOCOL_PVH};
 use crate::memory::{peek8, peek32, peek64};

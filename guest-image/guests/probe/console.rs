@@ -1,4 +1,5 @@
-//! Lines of text on the serial port. `core::fmt` is out of reach: the compiled `core` uses SSE in it.
+//! Lines of text on the serial port. `core::fmt` is out of reach: the compiled `core` uses SSE in
+//! it.
 
 use crate::uart;
 

@@ -77,7 +77,13 @@ pub unsafe fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: the caller's promise.
     unsafe {
-        asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high, options(nostack, preserves_flags))
+        asm!(
+            "rdmsr",
+            in("ecx") index,
+            out("eax") low,
+            out("edx") high,
+            options(nostack, preserves_flags),
+        )
     };
     u64::from(high) << 32 | u64::from(low)
 }
@@ -90,7 +96,13 @@ pub unsafe fn rdmsr(index: u32) -> u64 {
 pub unsafe fn wrmsr(index: u32, value: u64) {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack, preserves_flags))
+        asm!(
+            "wrmsr",
+            in("ecx") index,
+            in("eax") value as u32,
+            in("edx") (value >> 32) as u32,
+            options(nostack, preserves_flags),
+        )
     };
 }
 
@@ -139,8 +151,8 @@ pub fn halt() -> ! {
     }
 }
 
-/// Loads an empty IDT and raises an exception: #BP with `breakpoint`, otherwise #UD. Neither it nor the
-/// double fault that follows finds a handler, so the processor shuts down: a triple fault.
+/// Loads an empty IDT and raises an exception: #BP with `breakpoint`, otherwise #UD. Neither it nor
+/// the double fault that follows finds a handler, so the processor shuts down: a triple fault.
 pub fn triple_fault(breakpoint: bool) -> ! {
     let empty = [0u16; 5];
     // SAFETY: the point is that nothing is executed after this.

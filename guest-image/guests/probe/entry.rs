@@ -1,9 +1,9 @@
 //! The two ways in, the CPU's first page tables and GDT, and what the registers held.
 //!
-//! `probe_start` is the ELF entry: long mode, as FreeBSD's loader leaves it, with the 32-bit words {0,
-//! modulep, kernend} at RSP. `probe_start_pvh` is named by the Xen note of type 18: 32-bit protected
-//! mode without paging, EBX pointing at an hvm_start_info (Xen, docs/misc/pvh). Both save every register
-//! in [`ENTRY`] before they change it, then meet at `probe_common`.
+//! `probe_start` is the ELF entry: long mode, as FreeBSD's loader leaves it, with the 32-bit words
+//! {0, modulep, kernend} at RSP. `probe_start_pvh` is named by the Xen note of type 18: 32-bit
+//! protected mode without paging, EBX pointing at an hvm_start_info (Xen, docs/misc/pvh). Both save
+//! every register in [`ENTRY`] before they change it, then meet at `probe_common`.
 
 use core::arch::global_asm;
 use core::mem::offset_of;
@@ -60,7 +60,8 @@ pub fn state() -> &'static EntryState {
 }
 
 global_asm!(
-    // 64-bit entry. Only MOV until the flags are saved: PUSHF wants a stack, and the given one is not ours.
+    // 64-bit entry. Only MOV until the flags are saved: PUSHF wants a stack, and the given one is
+    // not ours.
     ".pushsection .text.entry, \"ax\"",
     ".globl probe_start",
     "probe_start:",
@@ -186,9 +187,9 @@ global_asm!(
     ".long probe_start_pvh",
     ".popsection",
 
-    // Identity map: the first 4 GiB by 2 MiB pages (uncached from 3 GiB, where devices are), the rest up
-    // to 512 GiB by 1 GiB pages, which fault on a processor without them; [`crate::memory`] copes. Data,
-    // not code, because it costs no instruction.
+    // Identity map: the first 4 GiB by 2 MiB pages (uncached from 3 GiB, where devices are), the
+    // rest up to 512 GiB by 1 GiB pages, which fault on a processor without them; [`crate::memory`]
+    // copes. Data, not code, because it costs no instruction.
     ".pushsection .data.tables, \"aw\"",
     ".balign 4096",
     ".globl boot_pml4",

@@ -122,8 +122,8 @@ unsafe extern "C" {
 }
 
 global_asm!(
-    // One stub of 16 bytes a vector: an error code where the processor pushes none (it does for 8, 10-14,
-    // 17, 21, 29 and 30), and the vector.
+    // One stub of 16 bytes a vector: an error code where the processor pushes none (it does for 8,
+    // 10-14, 17, 21, 29 and 30), and the vector.
     ".pushsection .text.stubs, \"ax\"",
     ".balign 16",
     "interrupt_stubs:",

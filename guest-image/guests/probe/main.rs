@@ -1,15 +1,15 @@
 //! probe: a freestanding 64-bit kernel that reports what a hypervisor gives its guest.
 //!
-//! It runs on the first CPU, in ring 0, without a heap, a scheduler or user mode: [`entry`] saves the
-//! registers it was entered with and calls [`report::run`], which prints one line a finding (`probe: NAME
-//! ... ok` or `... FAILED (why)`) and ends with `probe: report done`; then [`shell::run`] answers
-//! commands on the first serial port for ever.
+//! It runs on the first CPU, in ring 0, without a heap, a scheduler or user mode: [`entry`] saves
+//! the registers it was entered with and calls [`report::run`], which prints one line a finding
+//! (`probe: NAME ... ok` or `... FAILED (why)`) and ends with `probe: report done`; then
+//! [`shell::run`] answers commands on the first serial port for ever.
 //!
 //! Two rules keep it alive on hosts that emulate ring 0 one instruction at a time (KVM-PVM: about
 //! 1.6 us each, and no SSE at all): no floating-point or vector register, which guest-image's build
-//! script checks on the linked file, and no long loops. Every wait is bounded, by the time-stamp counter.
-//! Nothing here may panic either: `core`'s panic messages format numbers with SSE, so a panic path
-//! fails that check.
+//! script checks on the linked file, and no long loops. Every wait is bounded, by the time-stamp
+//! counter. Nothing here may panic either: `core`'s panic messages format numbers with SSE, so a
+//! panic path fails that check.
 
 #![no_std]
 #![no_main]

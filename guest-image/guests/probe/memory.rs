@@ -1,13 +1,13 @@
 //! Physical memory, seen through the identity map, and accesses that may fault.
 //!
-//! Tables come from outside: addresses may point anywhere. Every read goes through an instruction that the
-//! exception handler knows how to step over ([`recovery`]).
+//! Tables come from outside: addresses may point anywhere. Every read goes through an instruction
+//! that the exception handler knows how to step over ([`recovery`]).
 
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Where the exception handler continues instead of giving up; 0: no access is being tried. There is
-/// one for all CPUs: only one at a time may try, and no interrupt handler may.
+/// Where the exception handler continues instead of giving up; 0: no access is being tried. There
+/// is one for all CPUs: only one at a time may try, and no interrupt handler may.
 static RECOVERY: AtomicU64 = AtomicU64::new(0);
 
 /// The address to continue at after a fault, once.
@@ -43,7 +43,12 @@ pub fn peek8(address: u64) -> Option<u8> {
     let value: u64;
     // SAFETY: the identity map makes any address readable or a fault, and a fault is stepped over.
     let ok = unsafe {
-        attempt!("movzx {value:e}, byte ptr [{address}]", value = out(reg) value, address = in(reg) address, options(nostack))
+        attempt!(
+            "movzx {value:e}, byte ptr [{address}]",
+            value = out(reg) value,
+            address = in(reg) address,
+            options(nostack),
+        )
     };
     ok.then_some(value as u8)
 }
@@ -53,7 +58,12 @@ pub fn peek32(address: u64) -> Option<u32> {
     let value: u64;
     // SAFETY: as for `peek8`.
     let ok = unsafe {
-        attempt!("mov {value:e}, [{address}]", value = out(reg) value, address = in(reg) address, options(nostack))
+        attempt!(
+            "mov {value:e}, [{address}]",
+            value = out(reg) value,
+            address = in(reg) address,
+            options(nostack),
+        )
     };
     ok.then_some(value as u32)
 }
@@ -63,7 +73,12 @@ pub fn peek64(address: u64) -> Option<u64> {
     let value: u64;
     // SAFETY: as for `peek8`.
     let ok = unsafe {
-        attempt!("mov {value}, [{address}]", value = out(reg) value, address = in(reg) address, options(nostack))
+        attempt!(
+            "mov {value}, [{address}]",
+            value = out(reg) value,
+            address = in(reg) address,
+            options(nostack),
+        )
     };
     ok.then_some(value)
 }
@@ -75,12 +90,22 @@ pub fn writable(address: u64) -> bool {
         return false;
     };
     let pattern = !old;
-    // SAFETY: the same value is written back before anything else runs; callers only name RAM that the
-    // memory map lists, with interrupts off.
+    // SAFETY: the same value is written back before anything else runs; callers only name RAM that
+    // the memory map lists, with interrupts off.
     unsafe {
-        let written = attempt!("mov [{address}], {value}", value = in(reg) pattern, address = in(reg) address, options(nostack));
+        let written = attempt!(
+            "mov [{address}], {value}",
+            value = in(reg) pattern,
+            address = in(reg) address,
+            options(nostack),
+        );
         let held = peek64(address) == Some(pattern);
-        let restored = attempt!("mov [{address}], {value}", value = in(reg) old, address = in(reg) address, options(nostack));
+        let restored = attempt!(
+            "mov [{address}], {value}",
+            value = in(reg) old,
+            address = in(reg) address,
+            options(nostack),
+        );
         written && held && restored
     }
 }
@@ -129,7 +154,13 @@ pub fn try_rdmsr(index: u32) -> Option<u64> {
 pub unsafe fn try_wrmsr(index: u32, value: u64) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
-        attempt!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
+        attempt!(
+            "wrmsr",
+            in("ecx") index,
+            in("eax") value as u32,
+            in("edx") (value >> 32) as u32,
+            options(nostack),
+        )
     }
 }
 
@@ -145,8 +176,8 @@ pub fn checksum_is_zero(address: u64, length: u64) -> bool {
     sum == 0
 }
 
-/// The first of `count` addresses from `from` on, `step` bytes apart, that holds the 32-bit word `word`.
-/// Five instructions a step: whole BIOS areas are searched with it.
+/// The first of `count` addresses from `from` on, `step` bytes apart, that holds the 32-bit word
+/// `word`. Five instructions a step: whole BIOS areas are searched with it.
 pub fn find32(from: u64, step: u64, count: u64, word: u32) -> Option<u64> {
     let (mut at, mut left) = (from, count);
     // SAFETY: callers name ranges below 1 MiB, or a table that was read before, all mapped.

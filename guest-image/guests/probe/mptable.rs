@@ -17,8 +17,8 @@ pub struct MpTable {
     pub entries: u32,
 }
 
-/// Looks in the last KiB of base memory and in the BIOS area (MP 1.4, section 4); an error says what
-/// is wrong with what was found.
+/// Looks in the last KiB of base memory and in the BIOS area (MP 1.4, section 4); an error says
+/// what is wrong with what was found.
 pub fn find() -> Result<Option<MpTable>, &'static str> {
     let Some(floating) = search(0x9fc00, 64).or_else(|| search(0xf0000, 4096)) else {
         return Ok(None);

@@ -1,5 +1,5 @@
-//! The other CPUs: started by INIT and start-up interrupts (Intel SDM volume 3, 9.4.4), then asleep until
-//! the boot CPU has work for them.
+//! The other CPUs: started by INIT and start-up interrupts (Intel SDM volume 3, 9.4.4), then asleep
+//! until the boot CPU has work for them.
 
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};

@@ -38,7 +38,8 @@ const LSR_TRANSMIT_EMPTY: u8 = 0x20;
 
 /// A register that holds 0xff when nobody answers.
 const ABSENT: u8 = 0xff;
-/// How often LSR is read for room, at about a microsecond or more: 16 characters take 1.4 ms at 115200.
+/// How often LSR is read for room, at about a microsecond or more: 16 characters take 1.4 ms at
+/// 115200.
 const POLLS: u32 = 200_000;
 
 static HAS_FIFO: AtomicBool = AtomicBool::new(false);
@@ -163,7 +164,8 @@ static INPUT: Ring = Ring {
 
 const RING: usize = 256;
 
-/// One writer (the handler), one reader (the prompt), both on the boot CPU. Full: what comes is lost.
+/// One writer (the handler), one reader (the prompt), both on the boot CPU. Full: what comes is
+/// lost.
 struct Ring {
     bytes: UnsafeCell<[u8; RING]>,
     head: AtomicUsize,
