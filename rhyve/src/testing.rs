@@ -1,8 +1,10 @@
 //! Fakes for unit tests: what stands in for KVM, the clock and the user.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crate::irq::IrqLine;
+use crate::isa::clock::Clock;
 use crate::suspend::{SuspendHow, SuspendSink};
 
 /// An interrupt line that remembers every change of its level.
@@ -63,5 +65,40 @@ impl FakeSuspend {
 impl SuspendSink for FakeSuspend {
     fn suspend(&self, how: SuspendHow) {
         self.requests.lock().unwrap().push(how);
+    }
+}
+
+/// Both clocks, moved by hand.
+#[derive(Default)]
+pub struct FakeClock {
+    now: Mutex<(Duration, Duration)>,
+}
+
+impl FakeClock {
+    /// At the epoch.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Lets time pass on both clocks.
+    pub fn advance(&self, by: Duration) {
+        let mut now = self.now.lock().unwrap();
+        now.0 += by;
+        now.1 += by;
+    }
+
+    /// Sets the time of day.
+    pub fn set_realtime(&self, since_epoch: Duration) {
+        self.now.lock().unwrap().1 = since_epoch;
+    }
+}
+
+impl Clock for FakeClock {
+    fn monotonic(&self) -> Duration {
+        self.now.lock().unwrap().0
+    }
+
+    fn realtime(&self) -> Duration {
+        self.now.lock().unwrap().1
     }
 }
