@@ -76,7 +76,7 @@ impl Profile {
     /// What the console shows when the guest is up, and then when it waits for a command.
     fn signs(self) -> [&'static str; 2] {
         match self {
-            Profile::Probe => ["probe: report done\r\n", "probe> "],
+            Profile::Probe => ["probe: report done", "probe> "],
             Profile::Linux => ["rhyve-init: up", "# "],
         }
     }
@@ -182,7 +182,9 @@ fn show(profile: Profile, parts: &Parts) -> Result<(), Box<dyn Error>> {
     let mut guest = Guest::start(run)?;
     let [up, prompt] = profile.signs();
     guest.expect(up)?;
-    guest.expect(prompt)?;
+    if guest.expect(prompt)?.contains("FAILED") {
+        return Err("the guest's report tells of a failure".into());
+    }
 
     say(program("vmmctl").arg("--list"))?;
     let registers = say(program("vmmctl").args([&format!("--vm={VM}"), "--cpu=0", "--get-all"]))?;
@@ -302,13 +304,15 @@ impl Guest {
         })
     }
 
-    /// Shows the console until `sign` has been seen, which is an error if it takes too long.
-    fn expect(&mut self, sign: &str) -> Result<(), Box<dyn Error>> {
+    /// Shows the console until `sign` has been seen, and returns what came before it; an error if
+    /// that takes too long.
+    fn expect(&mut self, sign: &str) -> Result<String, Box<dyn Error>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(at) = self.text.find(sign) {
-                self.text.drain(..at + sign.len());
-                return Ok(());
+                let mut before: String = self.text.drain(..at + sign.len()).collect();
+                before.truncate(at);
+                return Ok(before);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
@@ -376,7 +380,7 @@ mod tests {
     fn signs_are_found_in_order_and_answers_typed() {
         let mut guest = guest("printf 'up\\nname> '; read name; echo \"hello $name\"; exit 1");
         guest.expect("up").unwrap();
-        guest.expect("> ").unwrap();
+        assert_eq!(guest.expect("> ").unwrap(), "\nname");
         guest.type_in("you\n").unwrap();
         guest.expect("hello you").unwrap();
         assert_eq!(guest.wait().unwrap().code(), Some(POWERED_OFF));

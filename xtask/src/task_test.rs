@@ -70,6 +70,8 @@ impl Test {
     pub fn run(self) -> TaskResult {
         let start = Instant::now();
         let mut run = Run {
+            // Now: building the workspace may put another file in this program's place.
+            xtask: env::current_exe()?,
             timeout: self.timeout,
             passed: 0,
             failures: Vec::new(),
@@ -100,6 +102,8 @@ impl Test {
 
 /// What a whole run has come to.
 struct Run {
+    /// This program.
+    xtask: PathBuf,
     timeout: u64,
     passed: usize,
     /// One line each.
@@ -140,7 +144,7 @@ impl Run {
             Step::Demo => {
                 open_kvm()?;
                 for round in ["demo", "demo, again"] {
-                    let mut demo = Command::new(env::current_exe()?);
+                    let mut demo = Command::new(&self.xtask);
                     demo.arg("demo");
                     self.check(round, demo)?;
                 }
@@ -167,6 +171,25 @@ impl Run {
         self.failures.push(format!("{what}: {why}"));
     }
 
+    /// The command that runs a test program in a lane.
+    fn command(&self, program: &Program, lane: Lane) -> Command {
+        let mut command;
+        if lane == Lane::Nested {
+            command = Command::new(&self.xtask);
+            command.args(["nested", "--timeout", &self.timeout.to_string(), "--"]);
+        } else {
+            // timeout(1) ends the whole process group, and so what a test has started.
+            command = Command::new("timeout");
+            command.args(["--kill-after=5", &self.timeout.to_string()]);
+        }
+        command
+            .arg(&program.executable)
+            .arg("--include-ignored")
+            .current_dir(&program.package)
+            .env("CARGO_MANIFEST_DIR", &program.package);
+        command
+    }
+
     /// Runs the test programs of a lane.
     fn programs(&mut self, lane: Lane) -> Result<(), Box<dyn Error>> {
         let programs = match self.programs.take() {
@@ -182,7 +205,7 @@ impl Run {
         }
         for program in chosen {
             let begun = Instant::now();
-            let output = program.command(lane, self.timeout)?.output()?;
+            let output = self.command(program, lane).output()?;
             let seconds = begun.elapsed().as_secs_f32();
             let counts = Counts::read(&String::from_utf8_lossy(&output.stdout));
             self.passed += counts.passed;
@@ -243,24 +266,6 @@ impl Program {
             Lane::Host => host,
             Lane::Nested => host || nested,
         }
-    }
-
-    fn command(&self, lane: Lane, timeout: u64) -> io::Result<Command> {
-        let mut command;
-        if lane == Lane::Nested {
-            command = Command::new(env::current_exe()?);
-            command.args(["nested", "--timeout", &timeout.to_string(), "--"]);
-        } else {
-            // timeout(1) ends the whole process group, and so what a test has started.
-            command = Command::new("timeout");
-            command.args(["--kill-after=5", &timeout.to_string()]);
-        }
-        command
-            .arg(&self.executable)
-            .arg("--include-ignored")
-            .current_dir(&self.package)
-            .env("CARGO_MANIFEST_DIR", &self.package);
-        Ok(command)
     }
 }
 
