@@ -1,1 +1,48 @@
-//! Shows and changes what the hypervisor knows of a virtual machine
+//! Shows and changes what the hypervisor knows of a virtual machine: 2012's vmmctl.
+//!
+//! [`cli`] reads the options into a plan; [`work`] does it in 2012's order, on a VM that [`target`]
+//! found stored in its object or running behind its control socket; [`output`] gathers what there is
+//! to say, as text or as one JSON object. [`list`] and [`host`] are the two reports that are about no
+//! single VM.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod error;
+pub mod host;
+pub mod list;
+pub mod number;
+pub mod output;
+pub mod target;
+pub mod work;
+
+use std::ffi::OsString;
+
+use vmm_api::cli::Parsed;
+
+use cli::{Cli, Plan};
+use error::Status;
+use output::Output;
+
+/// The whole program: does what a command line says and gives its exit status.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> Status {
+    let cli: Cli = match vmm_api::cli::parse(args) {
+        Ok(Parsed::Run(cli)) => cli,
+        Ok(Parsed::Done) => return Status::Done,
+        Err(error) => {
+            error.print("vmmctl");
+            return Status::Usage;
+        }
+    };
+    let mut output = Output::new(cli.json);
+    let result = match cli.plan {
+        Plan::List => list::list(&mut output),
+        Plan::Host => Ok(host::host(&mut output)),
+        Plan::Work(work) => work::work(&work, &mut output),
+    };
+    output.print();
+    result.unwrap_or_else(|error| {
+        eprintln!("vmmctl: {}", error::chain(&error));
+        error.status()
+    })
+}

@@ -1,3 +1,7 @@
 //! The `vmmctl` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmmctl::main(std::env::args_os()).into()
+}

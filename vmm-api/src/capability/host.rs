@@ -400,7 +400,7 @@ fn kvm(facts: &Facts) -> Vec<Requirement> {
             standing(there, otherwise),
             yes(there),
             capability.purpose,
-            "boot a newer kernel, or one whose KVM is not cut down",
+            "take a newer kernel, or a machine whose KVM has it",
         ));
     }
     lines.push(line(

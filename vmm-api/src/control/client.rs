@@ -1,6 +1,7 @@
 //! The client's side of control.sock: connect, check the hello, call.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -26,11 +27,11 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Why a running VM cannot be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens: the VM does not run (any more), or its `rhyve` is only starting.
+    /// Nobody listens: the VM does not run (any more), or its `rhyve` is not that far yet.
     #[error("{0} has no control socket: it is starting or ending, or its rhyve was killed")]
     Absent(VmName),
     /// The server did not answer in time.
-    #[error("{vm} does not answer within {} s: its rhyve is stopped or hangs", PATIENCE.as_secs())]
+    #[error("{vm} does not answer: its rhyve is stopped or hangs")]
     Timeout {
         /// The VM.
         vm: VmName,
@@ -93,18 +94,27 @@ impl Client {
     ///
     /// It does not run, does not answer in time, or speaks another version.
     pub fn connect(vm: &Vm) -> Result<Self, ClientError> {
+        Self::connect_within(vm, PATIENCE)
+    }
+
+    /// The same with another limit than [`PATIENCE`] for this and for each answer.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::connect`].
+    pub fn connect_within(vm: &Vm, patience: Duration) -> Result<Self, ClientError> {
         let io = |source| ClientError::Io {
             vm: vm.name().clone(),
             source,
         };
-        let stream = dial(vm).map_err(|errno| match errno {
+        let stream = dial(vm, patience).map_err(|errno| match errno {
             Errno::ENOENT | Errno::ECONNREFUSED => ClientError::Absent(vm.name().clone()),
             Errno::EAGAIN => ClientError::Timeout {
                 vm: vm.name().clone(),
             },
             errno => io(errno.into()),
         })?;
-        Self::greet(stream, vm.name().clone(), PATIENCE)
+        Self::greet(stream, vm.name().clone(), patience)
     }
 
     pub(super) fn greet(
@@ -289,8 +299,8 @@ impl Client {
     }
 }
 
-/// Connects, without waiting longer than [`PATIENCE`] for room in the server's queue.
-fn dial(vm: &Vm) -> Result<UnixStream, Errno> {
+/// Connects, without waiting longer than `patience` for room in the server's queue.
+fn dial(vm: &Vm, patience: Duration) -> Result<UnixStream, Errno> {
     let fd = socket(
         AddressFamily::Unix,
         SockType::Stream,
@@ -298,11 +308,11 @@ fn dial(vm: &Vm) -> Result<UnixStream, Errno> {
         None,
     )?;
     // connect(2) on a Unix socket waits as long as sending would (unix(7), SO_SNDTIMEO).
-    let seconds = i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX);
-    setsockopt(&fd, SendTimeout, &TimeVal::seconds(seconds))?;
+    let limit = i64::try_from(patience.as_millis()).unwrap_or(i64::MAX);
+    setsockopt(&fd, SendTimeout, &TimeVal::milliseconds(limit))?;
     let address = UnixAddr::new(&vm.control_path())?;
     loop {
-        match connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address) {
+        match connect(fd.as_raw_fd(), &address) {
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
             Ok(()) => return Ok(fd.into()),

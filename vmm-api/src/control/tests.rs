@@ -365,7 +365,7 @@ fn the_client_says_what_is_wrong_with_its_server() {
         ),
         "guest0 is run by rhyve 9, whose control protocol is version 2, not 1: use the vmmctl that came with it"
     );
-    let silent = "guest0 does not answer within 5 s: its rhyve is stopped or hangs";
+    let silent = "guest0 does not answer: its rhyve is stopped or hangs";
     assert_eq!(text("", true), silent);
     assert_eq!(text("{\"protocol\"", true), silent);
     assert_eq!(text(&format!("{HELLO}\n"), true), silent);

@@ -1,0 +1,590 @@
+//! 2012's long options, and what they come to: a [`Plan`].
+//!
+//! The options for registers and descriptors are made from vmm-api's lists of them, hidden from the
+//! help and described there in one paragraph; shells complete them all the same.
+
+use std::sync::LazyLock;
+
+use clap::builder::{IntoResettable, ValueParser};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
+use vmm_api::memory::MemSize;
+use vmm_api::name::VmName;
+use vmm_api::regs::{Access, Reg, Registers, SegReg};
+
+use crate::number;
+
+/// What a command line comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cli {
+    /// Say it as JSON.
+    pub json: bool,
+    /// What to do.
+    pub plan: Plan,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// List all VMs.
+    List,
+    /// Report on this machine.
+    Host,
+    /// Work on one VM.
+    Work(Box<Work>),
+}
+
+/// What to do with one VM, in the order of the fields, which is 2012's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// The VM.
+    pub vm: VmName,
+    /// The vCPU whose registers and statistics are meant.
+    pub cpu: u32,
+    /// Make it.
+    pub create: bool,
+    /// New size of lowmem.
+    pub lowmem: Option<MemSize>,
+    /// New size of highmem.
+    pub highmem: Option<MemSize>,
+    /// Hold its vCPUs.
+    pub pause: bool,
+    /// New values of registers.
+    pub registers: Vec<(Reg, u64)>,
+    /// Segments whose hidden part is changed to `desc`.
+    pub descriptors: Vec<SegReg>,
+    /// What is known of that part.
+    pub desc: Desc,
+    /// What is to be shown.
+    pub gets: Gets,
+    /// Options that set what KVM does not show.
+    pub unavailable_sets: Vec<String>,
+    /// Inject an NMI.
+    pub nmi: bool,
+    /// Let its vCPUs go on.
+    pub resume: bool,
+    /// How it is to end.
+    pub end: Option<End>,
+    /// Run it.
+    pub run: bool,
+    /// Destroy it.
+    pub destroy: bool,
+}
+
+/// `--desc-base= --desc-limit= --desc-access=`; what is not given stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Desc {
+    /// Linear base address.
+    pub base: Option<u64>,
+    /// Limit in bytes.
+    pub limit: Option<u32>,
+    /// Access rights.
+    pub access: Option<Access>,
+}
+
+/// What is to be shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gets {
+    /// All but the statistics.
+    pub all: bool,
+    /// Lowmem.
+    pub lowmem: bool,
+    /// Highmem.
+    pub highmem: bool,
+    /// These registers.
+    pub registers: Vec<Reg>,
+    /// These segments' hidden parts.
+    pub descriptors: Vec<SegReg>,
+    /// Statistics.
+    pub stats: bool,
+    /// Options that ask for what KVM does not show.
+    pub unavailable: Vec<String>,
+}
+
+/// How a running VM is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Ask the guest, by its power button.
+    PowerButton,
+    /// As if its reset button were pressed.
+    Reset,
+    /// As if its plug were pulled.
+    PowerOff,
+}
+
+/// An option's names for getting and setting one thing.
+struct Named<T> {
+    what: T,
+    get: String,
+    set: Option<String>,
+}
+
+static REGISTERS: LazyLock<Vec<Named<Reg>>> = LazyLock::new(|| {
+    let settable = |reg| Registers::reset().set(reg, 0).is_ok();
+    Reg::all()
+        .map(|reg| {
+            let name = reg.name().replace('_', "-");
+            Named {
+                what: reg,
+                get: format!("get-{name}"),
+                set: settable(reg).then(|| format!("set-{name}")),
+            }
+        })
+        .collect()
+});
+
+static DESCRIPTORS: LazyLock<Vec<Named<SegReg>>> = LazyLock::new(|| {
+    SegReg::ALL
+        .map(|seg| Named {
+            what: seg,
+            get: format!("get-desc-{seg}"),
+            set: Some(format!("set-desc-{seg}")),
+        })
+        .into()
+});
+
+/// vmmctl's and bhyvectl's options for fields of the VMCS (Intel) and the VMCB and AVIC (AMD): KVM
+/// keeps these to itself.
+const UNAVAILABLE_GETS: &[&str] = &[
+    "get-vmcs-pinbased-ctls",
+    "get-vmcs-procbased-ctls",
+    "get-vmcs-procbased-ctls2",
+    "get-vmcs-entry-interruption-info",
+    "get-vmcs-eptp",
+    "get-vmcs-guest-physical-address",
+    "get-vmcs-guest-linear-address",
+    "get-vmcs-exception-bitmap",
+    "get-vmcs-io-bitmap-address",
+    "get-vmcs-tsc-offset",
+    "get-vmcs-guest-pat",
+    "get-vmcs-host-pat",
+    "get-vmcs-host-cr0",
+    "get-vmcs-host-cr3",
+    "get-vmcs-host-cr4",
+    "get-vmcs-host-rip",
+    "get-vmcs-host-rsp",
+    "get-vmcs-cr0-mask",
+    "get-vmcs-cr0-shadow",
+    "get-vmcs-cr4-mask",
+    "get-vmcs-cr4-shadow",
+    "get-vmcs-cr3-targets",
+    "get-vmcs-apic-access-address",
+    "get-vmcs-virtual-apic-address",
+    "get-vmcs-tpr-threshold",
+    "get-vmcs-msr-bitmap",
+    "get-vmcs-msr-bitmap-address",
+    "get-vmcs-vpid",
+    "get-vmcs-ple-gap",
+    "get-vmcs-ple-window",
+    "get-vmcs-instruction-error",
+    "get-vmcs-exit-ctls",
+    "get-vmcs-entry-ctls",
+    "get-vmcs-guest-sysenter",
+    "get-vmcs-link",
+    "get-vmcs-exit-reason",
+    "get-vmcs-exit-qualification",
+    "get-vmcs-exit-interruption-info",
+    "get-vmcs-exit-interruption-error",
+    "get-vmcs-exit-inst-length",
+    "get-vmcs-interruptibility",
+    "get-eptp",
+    "get-exception-bitmap",
+    "get-io-bitmap-address",
+    "get-msr-bitmap",
+    "get-msr-bitmap-address",
+    "get-exit-reason",
+    "get-vmcb-intercepts",
+    "get-vmcb-asid",
+    "get-vmcb-exit-details",
+    "get-vmcb-tlb-ctrl",
+    "get-vmcb-virq",
+    "get-avic-apic-bar",
+    "get-avic-backing-page",
+    "get-avic-table",
+];
+
+const UNAVAILABLE_SETS: &[&str] = &[
+    "set-vmcs-exception-bitmap",
+    "set-vmcs-entry-interruption-info",
+];
+
+fn details() -> String {
+    let names = |names: Vec<&str>| {
+        names
+            .chunks(14)
+            .map(|line| format!("\n        {}", line.join(" ")))
+            .collect::<String>()
+    };
+    let registers = names(Reg::all().map(Reg::name).collect()).replace('_', "-");
+    let segments = names(SegReg::ALL.iter().map(|s| s.name()).collect());
+    format!(
+        "\
+Registers and descriptors of vCPU --cpu:
+  --get-REG, --set-REG=VALUE
+      where REG is one of{registers}
+      (pdpte0 to pdpte3 can only be read, where the host's KVM tells them)
+  --get-desc-SEG
+  --set-desc-SEG --desc-base=VALUE --desc-limit=VALUE --desc-access=VALUE
+      where SEG is one of{segments}
+      Access rights are in the format of VT-x. What is not given stays as it is.
+  --get-vmcs-..., --get-vmcb-..., --get-avic-..., --set-vmcs-...
+      fields of a VMCS or VMCB: not available through KVM, exit status 2
+
+  All changes of one call are made together or not at all.
+  Numbers are decimal, hexadecimal with 0x, or octal with 0 in front.
+
+Order:
+  Options may be combined, in any order. What they say is done in this one, and ends at the first
+  failure: create, set memory, pause, set registers and descriptors, get, inject, resume, end
+  (power button, reset or power-off), run, destroy.
+
+Output:
+  name[cpu]<tab>VALUE                        a register
+  name desc[cpu]<tab>BASE/LIMIT/ACCESS       a descriptor
+  lowmem<tab>ADDRESS/LENGTH                  memory, by its guest-physical address: KVM does not
+                                             tell the host-physical one, which stood here in 2012
+  Everything is hexadecimal but the statistics.
+
+Examples:
+  vmmctl --list
+  vmmctl --vm=guest0 --get-all
+  vmmctl --vm=guest0 --cpu=1 --get-rip --get-cr3
+  vmmctl --vm=guest0 --pause --set-rip=0x100000 --resume
+  vmmctl --vm=guest0 --set-desc-cs --desc-base=0 --desc-limit=0xffffffff --desc-access=0xa09b
+  vmmctl --vm=guest0 --create --set-lowmem=256
+  vmmctl --vm=guest0 --force-poweroff --destroy
+
+VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.
+
+Exit status:
+   0  all was done; for --host, guests can run here
+   1  something failed, one line on standard error says what
+   2  something was asked that is not available through KVM
+  64  the command line is wrong, nothing was done
+  With --run it is rhyve's: see rhyve --help."
+    )
+}
+
+fn flag(name: &'static str, heading: &'static str, help: &'static str) -> Arg {
+    Arg::new(name)
+        .long(name)
+        .action(ArgAction::SetTrue)
+        .help(help)
+        .help_heading(heading)
+}
+
+fn value(name: &'static str, parser: impl IntoResettable<ValueParser>) -> Arg {
+    Arg::new(name).long(name).value_parser(parser)
+}
+
+fn json() -> Arg {
+    Arg::new("json")
+        .long("json")
+        .action(ArgAction::SetTrue)
+        .help("Print one JSON object; for --list an array of them")
+}
+
+/// One of the many options that the help describes as a group.
+fn hidden(name: &'static str) -> Arg {
+    Arg::new(name)
+        .long(name)
+        .action(ArgAction::SetTrue)
+        .hide(true)
+}
+
+const SHOW: &str = "Show";
+const CHANGE: &str = "Change";
+const CONTROL: &str = "Control";
+
+impl CommandFactory for Cli {
+    fn command() -> Command {
+        let size = || clap::value_parser!(MemSize);
+        let mut command = Command::new("vmmctl")
+            .version(env!("CARGO_PKG_VERSION"))
+            .about("Show and change what the hypervisor knows of a virtual machine")
+            .override_usage(
+                "vmmctl --vm=NAME [--cpu=N] OPTION...\n       vmmctl --list | --host",
+            )
+            .after_help("Registers: --get-REG, --set-REG=VALUE, --get-desc-SEG, --set-desc-SEG; see --help.")
+            .after_long_help(details())
+            .max_term_width(100)
+            .args_override_self(true)
+            .arg_required_else_help(true)
+            .arg(
+                value("vm", clap::value_parser!(VmName))
+                    .value_name("NAME")
+                    .help("The VM, whether it was created, is loaded, runs or has ended"),
+            )
+            .arg(
+                value("cpu", number::parse_u32)
+                    .value_name("N")
+                    .help("The vCPU whose registers and statistics are meant [default: 0]"),
+            )
+            .arg(json())
+            .arg(flag("list", SHOW, "List all VMs: name, phase, memory, vCPUs, pid and uptime"))
+            .arg(flag("host", SHOW, "Report what this machine has of what rhyve needs, and what to do about the rest"))
+            .arg(flag("get-all", SHOW, "Show memory, registers and descriptors"))
+            .arg(flag("get-stats", SHOW, "Show what a running VM has counted: bhyve's list, rhyve's own, KVM's"))
+            .arg(flag("get-lowmem", SHOW, "Show the memory below 3 GiB"))
+            .arg(flag("get-highmem", SHOW, "Show the memory from 4 GiB on"))
+            .arg(flag("create", CHANGE, "Make the VM, without memory"))
+            .arg(
+                value("set-lowmem", size())
+                    .value_name("MB")
+                    .help_heading(CHANGE)
+                    .help("Give it new, empty memory below 3 GiB, in whole 2 MiB"),
+            )
+            .arg(
+                value("set-highmem", size())
+                    .value_name("MB")
+                    .help_heading(CHANGE)
+                    .help("Give it new, empty memory from 4 GiB on, in whole 2 MiB"),
+            )
+            .arg(flag("destroy", CHANGE, "Destroy the VM, its memory and all; not while it runs"))
+            .arg(flag("run", CONTROL, "Run it here, by rhyve NAME"))
+            .arg(flag("pause", CONTROL, "Hold its vCPUs"))
+            .arg(flag("resume", CONTROL, "Let its vCPUs go on"))
+            .arg(flag("inject-nmi", CONTROL, "Inject a non-maskable interrupt into vCPU --cpu"))
+            .arg(flag("power-button", CONTROL, "Press its ACPI power button: the guest may switch itself off"))
+            .arg(
+                flag("force-reset", CONTROL, "Reset it, and wait until rhyve has ended")
+                    .conflicts_with("power-button"),
+            )
+            .arg(
+                flag("force-poweroff", CONTROL, "Switch it off, and wait until rhyve has ended")
+                    .conflicts_with_all(["power-button", "force-reset"]),
+            )
+            .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))
+            .arg(value("desc-limit", number::parse_u32).value_name("VALUE").hide(true))
+            .arg(value("desc-access", number::parse_u32).value_name("VALUE").hide(true));
+        for named in REGISTERS.iter() {
+            command = command.arg(hidden(&named.get));
+            if let Some(set) = &named.set {
+                command = command.arg(value(set, number::parse).value_name("VALUE").hide(true));
+            }
+        }
+        for named in DESCRIPTORS.iter() {
+            command = command.arg(hidden(&named.get));
+            command = command.args(named.set.iter().map(|set| hidden(set)));
+        }
+        command = command.args(UNAVAILABLE_GETS.iter().map(|&name| hidden(name)));
+        let sets = UNAVAILABLE_SETS.iter();
+        command.args(sets.map(|&name| value(name, number::parse).value_name("VALUE").hide(true)))
+    }
+
+    fn command_for_update() -> Command {
+        Self::command()
+    }
+}
+
+impl FromArgMatches for Cli {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let json = matches.get_flag("json");
+        let report = match (matches.get_flag("list"), matches.get_flag("host")) {
+            (false, false) => None,
+            (true, false) => Some(Plan::List),
+            (false, true) => Some(Plan::Host),
+            (true, true) => return Err(wrong("--list and --host are two calls")),
+        };
+        let asked = matches.ids().any(|id| {
+            matches.value_source(id.as_str()) == Some(ValueSource::CommandLine)
+                && !["json", "list", "host", "vm", "cpu"].contains(&id.as_str())
+        });
+        let plan = match (report, matches.get_one::<VmName>("vm")) {
+            (Some(report), None) if !asked => report,
+            (Some(_), _) => {
+                return Err(wrong(
+                    "--list and --host go with no other option but --json",
+                ));
+            }
+            (None, None) => return Err(wrong("say which VM: --vm=NAME")),
+            (None, Some(_)) if !asked => {
+                return Err(wrong("say what to do with the VM, as --get-all"));
+            }
+            (None, Some(vm)) => Plan::Work(Box::new(work(vm.clone(), matches)?)),
+        };
+        Ok(Self { json, plan })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Parser for Cli {}
+
+fn wrong(text: &str) -> clap::Error {
+    clap::Error::raw(ErrorKind::ArgumentConflict, text)
+}
+
+fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
+    let given = |name: &str| matches.get_flag(name);
+    let number = |name: &str| matches.get_one::<u64>(name).copied();
+    let short = |name: &str| matches.get_one::<u32>(name).copied();
+    let size = |name: &str| matches.get_one::<MemSize>(name).copied();
+    let owned = |name: &&str| format!("--{name}");
+    let desc = Desc {
+        base: number("desc-base"),
+        limit: short("desc-limit"),
+        access: short("desc-access").map(Access),
+    };
+    let descriptors: Vec<SegReg> = DESCRIPTORS
+        .iter()
+        .filter(|n| n.set.as_deref().is_some_and(given))
+        .map(|n| n.what)
+        .collect();
+    match (descriptors.is_empty(), desc == Desc::default()) {
+        (true, false) => {
+            return Err(wrong(
+                "say which descriptor is to be changed, as --set-desc-cs",
+            ));
+        }
+        (false, true) => {
+            return Err(wrong(
+                "say what the descriptor is to be: --desc-base= --desc-limit= --desc-access=",
+            ));
+        }
+        _ => {}
+    }
+    let ends = [
+        ("power-button", End::PowerButton),
+        ("force-reset", End::Reset),
+        ("force-poweroff", End::PowerOff),
+    ];
+    Ok(Work {
+        vm,
+        cpu: short("cpu").unwrap_or(0),
+        create: given("create"),
+        lowmem: size("set-lowmem"),
+        highmem: size("set-highmem"),
+        pause: given("pause"),
+        registers: REGISTERS
+            .iter()
+            .filter_map(|n| Some((n.what, number(n.set.as_deref()?)?)))
+            .collect(),
+        descriptors,
+        desc,
+        gets: Gets {
+            all: given("get-all"),
+            lowmem: given("get-lowmem"),
+            highmem: given("get-highmem"),
+            registers: REGISTERS
+                .iter()
+                .filter(|n| given(&n.get))
+                .map(|n| n.what)
+                .collect(),
+            descriptors: DESCRIPTORS
+                .iter()
+                .filter(|n| given(&n.get))
+                .map(|n| n.what)
+                .collect(),
+            stats: given("get-stats"),
+            unavailable: UNAVAILABLE_GETS
+                .iter()
+                .filter(|name| given(name))
+                .map(owned)
+                .collect(),
+        },
+        unavailable_sets: UNAVAILABLE_SETS
+            .iter()
+            .filter(|name| number(name).is_some())
+            .map(owned)
+            .collect(),
+        nmi: given("inject-nmi"),
+        resume: given("resume"),
+        end: ends
+            .into_iter()
+            .find_map(|(name, end)| given(name).then_some(end)),
+        run: given("run"),
+        destroy: given("destroy"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(["vmmctl"].into_iter().chain(line.split_whitespace()))
+    }
+
+    fn plan(line: &str) -> Work {
+        match parse(line).map(|cli| cli.plan) {
+            Ok(Plan::Work(work)) => *work,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn clap_finds_the_description_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_teaches() {
+        insta::assert_snapshot!("help_short", Cli::command().render_help());
+        insta::assert_snapshot!("help_long", Cli::command().render_long_help());
+    }
+
+    #[test]
+    fn every_register_and_descriptor_has_its_options() {
+        for reg in Reg::all() {
+            let name = reg.name().replace('_', "-");
+            let work = plan(&format!("--vm=a --get-{name}"));
+            assert_eq!(work.gets.registers, [reg]);
+            let set = parse(&format!("--vm=a --set-{name}=0x10"));
+            let expected = Registers::reset().set(reg, 1).is_ok();
+            assert_eq!(set.is_ok(), expected, "{reg}");
+        }
+        for seg in SegReg::ALL {
+            assert_eq!(
+                plan(&format!("--vm=a --get-desc-{seg}")).gets.descriptors,
+                [seg]
+            );
+            let work = plan(&format!("--vm=a --set-desc-{seg} --desc-limit=010"));
+            assert_eq!((work.descriptors, work.desc.limit), (vec![seg], Some(8)));
+        }
+        for name in UNAVAILABLE_GETS {
+            let work = plan(&format!("--vm=a --{name}"));
+            assert_eq!(work.gets.unavailable, [format!("--{name}")]);
+        }
+    }
+
+    #[test]
+    fn options_are_combined_and_the_last_of_two_counts() {
+        let work = plan("--destroy --set-rip=1 --vm a --cpu 3 --set-rip 2 --set-lowmem=64 --run");
+        assert!(work.destroy && work.run && !work.create);
+        assert_eq!(work.registers, [(Reg::Rip, 2)]);
+        assert_eq!((work.cpu, work.lowmem), (3, Some(MemSize(64 << 20))));
+    }
+
+    #[test]
+    fn a_wrong_line_says_what_is_wrong() {
+        let mut text = String::new();
+        for line in [
+            "--get-all",
+            "--vm=a",
+            "--vm=a --cpu=1 --json",
+            "--vm=a/b --get-all",
+            "--vm=a --get-eip",
+            "--vm=a --set-rip=here",
+            "--vm=a --set-rip=",
+            "--vm=a --set-pdpte0=1",
+            "--vm=a --cpu=-1 --get-all",
+            "--vm=a --set-desc-cs",
+            "--vm=a --desc-base=0",
+            "--vm=a --list",
+            "--list --host",
+            "--host --get-all",
+            "--vm=a --force-reset --force-poweroff",
+            "--vm=a --set-lowmem=much",
+            "guest0",
+        ] {
+            let error = parse(line).unwrap_err().to_string();
+            text += &format!("$ vmmctl {line}\n{}\n\n", error.trim_end());
+        }
+        insta::assert_snapshot!("refusals", text);
+    }
+}

@@ -1,0 +1,111 @@
+//! What can go wrong, and the exit status that says so.
+
+use std::process::ExitCode;
+
+use vmm_api::control::{ClientError, Refusal};
+use vmm_api::name::VmName;
+use vmm_api::regs::RegError;
+use vmm_api::root::RootError;
+use vmm_api::vm::VmError;
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// All was done.
+    Done,
+    /// Something failed; what comes later in the order was not done.
+    Failed,
+    /// Something was asked that KVM does not show.
+    Unavailable,
+    /// The command line is wrong (EX_USAGE of sysexits.h); nothing was done.
+    Usage,
+    /// `--run`: rhyve's own.
+    Rhyve(u8),
+}
+
+impl From<Status> for ExitCode {
+    fn from(status: Status) -> Self {
+        Self::from(match status {
+            Status::Done => 0,
+            Status::Failed => 1,
+            Status::Unavailable => 2,
+            Status::Usage => 64,
+            Status::Rhyve(status) => status,
+        })
+    }
+}
+
+/// Why something was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The root directory.
+    #[error(transparent)]
+    Root(#[from] RootError),
+    /// The VM's object.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The running VM.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A register cannot be read or set so.
+    #[error("{vm}: {source}")]
+    Register {
+        /// The VM.
+        vm: VmName,
+        /// Why not.
+        source: RegError,
+    },
+    /// The stored VM has no such vCPU.
+    #[error("{vm}: {refusal}")]
+    Refused {
+        /// The VM.
+        vm: VmName,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// What was asked is only known of a running VM.
+    #[error("{0} is not running: run it with rhyve {0}, or vmmctl --vm={0} --run")]
+    NotRunning(VmName),
+    /// A VM that was told to end goes on.
+    #[error("{0} was told to end, but still runs: see what its rhyve says, or kill it")]
+    NotEnding(VmName),
+    /// Asked for something that KVM does not show. The names are the options'.
+    #[error("not available through KVM, which shows no field of a VMCS or VMCB: {}", .0.join(" "))]
+    Unavailable(Vec<String>),
+    /// rhyve cannot be started.
+    #[error("cannot start {program}")]
+    Run {
+        /// What was to be started.
+        program: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// The exit status that says so.
+    pub fn status(&self) -> Status {
+        match self {
+            Self::Unavailable(_)
+            | Self::Register {
+                source: RegError::Unavailable(_),
+                ..
+            } => Status::Unavailable,
+            _ => Status::Failed,
+        }
+    }
+}
+
+/// `outer: cause: its cause`; a cause that the outer text says already is passed over.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,239 @@
+//! Where a VM's registers are: stored in its object, or in a `rhyve` behind the control socket.
+
+use std::time::{Duration, Instant};
+
+use vmm_api::control::{Change, Client, ClientError, Refusal};
+use vmm_api::memory::MemoryLayout;
+use vmm_api::name::VmName;
+use vmm_api::regs::Registers;
+use vmm_api::root::Root;
+use vmm_api::state::{Phase, VmState};
+use vmm_api::stats::{VcpuStats, VmStats};
+use vmm_api::vm::{LockedVm, Vm, VmError};
+
+use crate::error::Error;
+
+/// How vmmctl names itself as a lock's holder.
+const PROGRAM: &str = "vmmctl";
+
+/// How long to wait for what takes a moment only: another vmmctl's lock, a starting rhyve's socket.
+const MOMENT: Duration = Duration::from_secs(1);
+
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// A VM's vCPUs, alike whether it runs or not.
+pub trait VcpuAccess {
+    /// Where in its life the VM is, in one word.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn phase(&mut self) -> Result<String, Error>;
+
+    /// Where its RAM lies.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn memory(&mut self) -> Result<MemoryLayout, Error>;
+
+    /// All registers of one vCPU.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it cannot be asked.
+    fn registers(&mut self, vcpu: u32) -> Result<Registers, Error>;
+
+    /// Changes registers of one vCPU, all or none.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or a change is refused.
+    fn update(&mut self, vcpu: u32, changes: Vec<Change>) -> Result<(), Error>;
+
+    /// What one vCPU and the VM have counted.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or the VM does not run.
+    fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error>;
+
+    /// The connection to a VM that runs.
+    ///
+    /// # Errors
+    ///
+    /// It does not.
+    fn live(&mut self) -> Result<&mut Client, Error>;
+}
+
+/// Finds out whether a VM runs, and opens it accordingly.
+///
+/// # Errors
+///
+/// There is no such VM, another program is changing it, or its rhyve does not answer.
+pub fn open<'a>(root: &'a Root, name: &VmName) -> Result<Box<dyn VcpuAccess + 'a>, Error> {
+    let deadline = Instant::now() + MOMENT;
+    loop {
+        let vm = Vm::open(root, name)?;
+        match vm.holder()? {
+            // What vmmctl changes is there at once and as a whole.
+            None => return Ok(Box::new(Stored { root, vm })),
+            Some(holder) if holder.program == PROGRAM => return Ok(Box::new(Stored { root, vm })),
+            Some(holder) if holder.program == "rhyve" => match Client::connect(&vm) {
+                Ok(client) => return Ok(Box::new(Live { client })),
+                Err(ClientError::Absent(_)) if Instant::now() < deadline => {}
+                Err(error) => return Err(error.into()),
+            },
+            Some(holder) => {
+                return Err(Error::Vm(VmError::Busy {
+                    name: name.clone(),
+                    holder,
+                }));
+            }
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Opens a VM that does not run, to change it.
+///
+/// # Errors
+///
+/// There is no such VM, it runs, or another program is changing it.
+pub fn lock(root: &Root, name: &VmName) -> Result<LockedVm, Error> {
+    let deadline = Instant::now() + MOMENT;
+    loop {
+        match Vm::open(root, name)?.lock(PROGRAM) {
+            Err(VmError::Busy { holder, .. })
+                if holder.program == PROGRAM && Instant::now() < deadline =>
+            {
+                std::thread::sleep(PAUSE);
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Makes a VM.
+///
+/// # Errors
+///
+/// It exists, or cannot be made.
+pub fn create(root: &Root, name: &VmName) -> Result<LockedVm, Error> {
+    Ok(Vm::create(root, name, PROGRAM)?)
+}
+
+/// Waits until nobody runs the VM any more.
+///
+/// # Errors
+///
+/// It still runs after `patience`.
+pub fn wait_for_end(root: &Root, name: &VmName, patience: Duration) -> Result<(), Error> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match Vm::open(root, name) {
+            // rhyve -D destroys it at the end.
+            Err(VmError::NotFound(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+            Ok(vm) if vm.holder()?.is_none() => return Ok(()),
+            Ok(_) if Instant::now() >= deadline => return Err(Error::NotEnding(name.clone())),
+            Ok(_) => std::thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// A VM that does not run: vm.json.
+struct Stored<'a> {
+    root: &'a Root,
+    vm: Vm,
+}
+
+impl Stored<'_> {
+    fn state(&self) -> Result<VmState, Error> {
+        Ok(self.vm.load_state()?)
+    }
+
+    /// Index of a vCPU that there is.
+    fn index(&self, state: &VmState, vcpu: u32) -> Result<usize, Error> {
+        let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        let vcpus = u32::try_from(state.vcpus.len()).unwrap_or(u32::MAX);
+        if vcpu < vcpus {
+            return Ok(index);
+        }
+        Err(Error::Refused {
+            vm: self.vm.name().clone(),
+            refusal: Refusal::NoSuchVcpu { vcpu, vcpus },
+        })
+    }
+}
+
+impl VcpuAccess for Stored<'_> {
+    fn phase(&mut self) -> Result<String, Error> {
+        Ok(self.state()?.phase.word().into())
+    }
+
+    fn memory(&mut self) -> Result<MemoryLayout, Error> {
+        Ok(self.state()?.machine.memory)
+    }
+
+    fn registers(&mut self, vcpu: u32) -> Result<Registers, Error> {
+        let mut state = self.state()?;
+        let index = self.index(&state, vcpu)?;
+        Ok(state.vcpus.swap_remove(index).registers)
+    }
+
+    fn update(&mut self, vcpu: u32, changes: Vec<Change>) -> Result<(), Error> {
+        let mut locked = lock(self.root, self.vm.name())?;
+        let mut state = locked.load_state()?;
+        let index = self.index(&state, vcpu)?;
+        let registers = &mut state.vcpus[index].registers;
+        *registers = Change::apply_all(&changes, registers).map_err(|source| Error::Register {
+            vm: self.vm.name().clone(),
+            source,
+        })?;
+        if state.phase == Phase::Created {
+            // Loaded by hand.
+            state.phase = Phase::Loaded;
+        }
+        Ok(locked.store(&mut state)?)
+    }
+
+    fn stats(&mut self, _: u32) -> Result<(VcpuStats, VmStats), Error> {
+        Err(Error::NotRunning(self.vm.name().clone()))
+    }
+
+    fn live(&mut self) -> Result<&mut Client, Error> {
+        Err(Error::NotRunning(self.vm.name().clone()))
+    }
+}
+
+/// A VM that runs: its control socket.
+struct Live {
+    client: Client,
+}
+
+impl VcpuAccess for Live {
+    fn phase(&mut self) -> Result<String, Error> {
+        Ok(self.client.status()?.phase.word().into())
+    }
+
+    fn memory(&mut self) -> Result<MemoryLayout, Error> {
+        Ok(self.client.status()?.memory)
+    }
+
+    fn registers(&mut self, vcpu: u32) -> Result<Registers, Error> {
+        Ok(self.client.registers(vcpu)?)
+    }
+
+    fn update(&mut self, vcpu: u32, changes: Vec<Change>) -> Result<(), Error> {
+        Ok(self.client.update(vcpu, changes)?)
+    }
+
+    fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error> {
+        Ok((self.client.vcpu_stats(vcpu)?, self.client.vm_stats()?))
+    }
+
+    fn live(&mut self) -> Result<&mut Client, Error> {
+        Ok(&mut self.client)
+    }
+}

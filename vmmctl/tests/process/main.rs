@@ -1,0 +1,7 @@
+//! vmmctl as a process, on objects in a root of their own.
+
+#![cfg(test)]
+
+mod common;
+mod live;
+mod stored;
