@@ -31,13 +31,12 @@ Exit status: 0 loaded, 1 not loaded (one line on standard error says why), 2 bad
 
 /// Load a guest kernel into a named virtual machine.
 ///
-/// The VM is made if it is not there: its memory is filled, its first vCPU's registers are set, and
-/// it waits for rhyve to run it. /dev/kvm is not needed.
+/// The VM is made if it is not there: its memory is filled, its first vCPU's registers are
+/// set, and it waits for rhyve to run it. /dev/kvm is not needed.
 #[derive(Debug, Parser)]
-#[command(name = "rhyveload", version, after_long_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "rhyveload", version, after_long_help = EXAMPLES, verbatim_doc_comment)]
 pub struct Cli {
-    /// Memory: lowmem up to 3 GiB, the rest from 4 GiB on. A number counts MiB, or has K, M, G or T
-    /// behind it.
+    /// Memory, in MiB or with K, M, G or T: lowmem up to 3 GiB, the rest from 4 GiB on.
     #[arg(short = 'm', value_name = "SIZE", default_value = "256M")]
     pub memory: MemSize,
 
@@ -53,7 +52,7 @@ pub struct Cli {
     #[arg(short = 'e', value_name = "NAME=VALUE")]
     pub env: Vec<EnvVar>,
 
-    /// Keep the memory file in this directory (hugetlbfs, another tmpfs) instead of in the VM.
+    /// Keep the memory file in this directory (hugetlbfs, another tmpfs), not in the VM.
     #[arg(long, value_name = "DIR")]
     pub mem_path: Option<PathBuf>,
 

@@ -5,10 +5,12 @@
 //! object says `created` and has no memory on record: whoever finds it after a `kill -9`, or after
 //! the file system ran full, can load it again or destroy it.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::Serialize;
 use vmm_api::memory::{MemoryError, MemoryLayout};
 use vmm_api::name::VmName;
@@ -208,7 +210,11 @@ fn open_kernel(job: &Job, progress: &mut Progress) -> Result<Image, LoadError> {
 }
 
 fn open(path: &Path) -> Result<FileSource, LoadError> {
-    File::open(path)
+    // Without O_NONBLOCK a pipe that nobody writes to would be waited for, only to be refused.
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
         .and_then(FileSource::new)
         .map_err(|source| LoadError::Open {
             path: path.to_owned(),

@@ -42,16 +42,16 @@ pub struct Request<'a> {
 /// Which boot protocol is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Boot {
-    /// What the file's content says; Linux's ELF file is entered by `linux64`.
+    /// What the file's content says; a vmlinux is entered by `linux64`.
     #[default]
     Auto,
     /// Linux's 64-bit boot protocol.
     Linux64,
     /// The 32-bit entry point that an ELF file's Xen note names.
     Pvh,
-    /// FreeBSD's hand-off: kernel at its virtual address, metadata, kernel environment.
+    /// FreeBSD's hand-off, by an ELF file's virtual addresses.
     Freebsd,
-    /// FreeBSD's hand-off for a static ELF64 file that is loaded at its physical addresses.
+    /// The same, by a static ELF file's physical addresses.
     Plain,
 }
 

@@ -45,7 +45,9 @@ impl Progress {
             ProgressBar::new(total)
                 .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        bar.set_message(what);
+        if bar.message() != what {
+            bar.set_message(what);
+        }
         bar.set_length(total);
         bar.set_position(done);
     }

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::libc;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// Lowmem ends here at the latest; from here to [`HIGHMEM_BASE`] is the PCI hole.
 pub const LOWMEM_LIMIT: u64 = 3 << 30;
@@ -279,11 +279,22 @@ impl GuestRam {
             .layout
             .offset_of(gpa, len)
             .ok_or(MemoryError::NotRam { gpa, len })?;
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::StorageFull => MemoryError::Full { gpa },
-                _ => MemoryError::Io { gpa, source },
+        match self.file.write_all_at(bytes, offset) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => Err(MemoryError::Full { gpa }),
+            // hugetlbfs has no write(2).
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.write_mapped(gpa, bytes),
+            Err(source) => Err(MemoryError::Io { gpa, source }),
+        }
+    }
+
+    fn write_mapped(&self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.populate(gpa, bytes.len() as u64)?;
+        self.memory
+            .write_slice(bytes, GuestAddress(gpa))
+            .map_err(|e| MemoryError::Io {
+                gpa,
+                source: io::Error::other(e),
             })
     }
 

@@ -137,6 +137,10 @@ fn a_bad_kernel_changes_nothing() {
     stderr(&place.load(&["-m", "16"], &place.tmp.path().join("none")));
     let directory = stderr(&place.load(&["-m", "16"], place.tmp.path()));
     assert!(directory.contains("not a regular file"), "{directory}");
+    let fifo = place.tmp.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = stderr(&place.load(&["-m", "16"], &fifo));
+    assert!(fifo.contains("not a regular file"), "{fifo}");
     assert_eq!(place.state(), before);
 }
 
