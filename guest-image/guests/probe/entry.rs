@@ -187,7 +187,7 @@ global_asm!(
     ".long probe_start_pvh",
     ".popsection",
 
-    // Identity map: the first 4 GiB by 2 MiB pages (uncached from 3 GiB, where devices are), the
+    // Identity map: the first 8 GiB by 2 MiB pages (the fourth uncached, where devices are), the
     // rest up to 512 GiB by 1 GiB pages, which fault on a processor without them; [`crate::memory`]
     // copes. Data, not code, because it costs no instruction.
     ".pushsection .data.tables, \"aw\"",
@@ -197,9 +197,12 @@ global_asm!(
     ".quad boot_pdpt + 0x3",
     ".fill 511, 8, 0",
     "boot_pdpt:",
-    ".quad boot_pd + 0x0003, boot_pd + 0x1003, boot_pd + 0x2003, boot_pd + 0x3003",
-    ".set index, 4",
-    ".rept 508",
+    ".set index, 0",
+    ".rept 8",
+    ".quad boot_pd + (index << 12) + 0x3",
+    ".set index, index + 1",
+    ".endr",
+    ".rept 504",
     ".quad (index << 30) + 0x83",
     ".set index, index + 1",
     ".endr",
@@ -211,6 +214,10 @@ global_asm!(
     ".endr",
     ".rept 512",
     ".quad (index << 21) + 0x93",
+    ".set index, index + 1",
+    ".endr",
+    ".rept 2048",
+    ".quad (index << 21) + 0x83",
     ".set index, index + 1",
     ".endr",
     ".globl boot_gdt",

@@ -199,7 +199,7 @@ fn memory_map(info: &BootInfo) {
         let end = each.base.wrapping_add(each.length) & !7;
         if each.length < 16 || end <= each.base {
             verdict(Err("empty, or past the end of memory"));
-        } else if end > 1 << 39 || end > 1 << 32 && !large_pages {
+        } else if end > 512 << 30 || end > 8 << 30 && !large_pages {
             say!(" not touched: out of the identity map's reach");
         } else if memory::writable(each.base + 7 & !7) && memory::writable(end - 8) {
             verdict(Ok(()));

@@ -361,8 +361,6 @@ fn ports(words: &mut Words) {
     if all {
         smp::give(Work::Sleep);
     }
-    uart::init();
-    uart::listen();
     say!("probe: ports ", Hex(seed), " ", count, " ok");
 }
 
