@@ -8,6 +8,9 @@ use super::{Blob, FirmwareSpec, RSDP_BASE, build};
 /// The BIOS area of a guest.
 pub(super) struct Bios(Vec<u8>);
 
+/// An SMBIOS structure: its formatted bytes and its strings.
+pub(super) type Structure = (Vec<u8>, Vec<String>);
+
 impl Bios {
     pub(super) const BASE: u64 = 0xe_0000;
 
@@ -163,7 +166,7 @@ impl Bios {
     }
 
     /// SMBIOS structures by type: formatted area and strings.
-    pub(super) fn smbios(&self) -> BTreeMap<u8, Vec<(Vec<u8>, Vec<String>)>> {
+    pub(super) fn smbios(&self) -> BTreeMap<u8, Vec<Structure>> {
         let entry = self.scan(0xf_0000, b"_SM_").expect("an SMBIOS table");
         let length = self.bytes(entry, 6)[5];
         self.summed(entry, length.into());

@@ -315,7 +315,7 @@ fn memory(spec: &FirmwareSpec, all: &mut Structures) {
     // In MiB below 32767, else in the extended field; what is no whole number of MiB in KiB, with
     // bit 15, as far as that reaches.
     let (size, extended) = match (total >> 20, total >> 10) {
-        (_, kib) if total % (1 << 20) != 0 && kib < 0x7fff => (0x8000 | kib as u16, 0),
+        (_, kib) if !total.is_multiple_of(1 << 20) && kib < 0x7fff => (0x8000 | kib as u16, 0),
         (mib, _) if mib < 0x7fff => (mib as u16, 0),
         (mib, _) => (0x7fff, mib as u32 & 0x7fff_ffff),
     };
