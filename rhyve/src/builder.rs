@@ -11,14 +11,22 @@ use vmm_api::state::VmState;
 use vmm_api::topology::Topology;
 
 use crate::bus::{Overlap, PortBus};
-use crate::config::MachineSpec;
+use crate::config::{MachineSpec, SlotDevice};
 use crate::console::{Attached, Console, ConsoleError, attach};
-use crate::firmware::{self, FirmwareError, FirmwareSpec};
+use crate::firmware::{self, FirmwareError, FirmwareSpec, SCI};
 use crate::irq::{IrqLine, WiredOr};
+use crate::isa::clock::HostClock;
+use crate::isa::debugexit::DebugExit;
+use crate::isa::i8042::I8042;
+use crate::isa::pm::Pm;
+use crate::isa::post::Post;
+use crate::isa::reset::ResetControl;
 use crate::isa::uart::{COM_PORTS, PORTS, Uart};
 use crate::machine::{KvmIrq, Machine, Seat};
 use crate::mevent::Mevent;
+use crate::pci::{ConfigPorts, HostBridge, PciBus, SlotTaken};
 use crate::sequencer::{Ending, ExitPolicy, Mailbox, Vcpu};
+use crate::suspend::SuspendSink;
 
 /// Why a machine cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -37,14 +45,17 @@ pub enum BuildError {
     /// Two devices at one port.
     #[error(transparent)]
     Overlap(#[from] Overlap),
+    /// Two PCI functions in one place.
+    #[error(transparent)]
+    Slot(#[from] SlotTaken),
     /// A serial port cannot be connected.
     #[error(transparent)]
     Console(#[from] ConsoleError),
     /// A table cannot be made.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
-    /// A table has no room in memory.
-    #[error("firmware tables")]
+    /// Memory cannot be wired, or has no room for a table.
+    #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The event thread cannot be started.
     #[error("cannot start the event thread")]
@@ -80,6 +91,10 @@ pub fn build(
         return Err(BuildError::TooManyVcpus { wanted, max });
     }
     let layout = ram.layout();
+    if spec.wire_memory {
+        ram.wire()?;
+    }
+    ram.set_dumped(spec.guest_in_core)?;
     for blob in firmware::build(&FirmwareSpec::new(spec, layout))? {
         ram.write(blob.gpa, &blob.bytes)?;
     }
@@ -100,6 +115,8 @@ pub fn build(
         ending: &ending,
     };
     let consoles = board.serial_ports(spec)?;
+    let pm = board.legacy_devices(spec)?;
+    board.pci(spec)?;
 
     let (mut seats, mut vcpus) = (Vec::new(), Vec::new());
     for (index, mailbox) in (0..).zip(mailboxes) {
@@ -132,6 +149,7 @@ pub fn build(
         seats,
         ports,
         ending,
+        pm,
         layout,
         stats: vm.stats_file().ok(),
         started: Instant::now(),
@@ -158,6 +176,37 @@ impl Board<'_> {
         KvmIrq::new(self.vm.clone(), gsi.into())
     }
 
+    fn sink(&self) -> Arc<dyn SuspendSink> {
+        self.ending.clone()
+    }
+
+    /// What every PC has, but for its serial ports.
+    fn legacy_devices(&self, spec: &MachineSpec) -> Result<Arc<Pm>, BuildError> {
+        let pm = Pm::new(Arc::new(HostClock), self.irq(SCI), self.sink());
+        pm.attach_timer(&self.mevent)?;
+        pm.register(&self.ports)?;
+        I8042::new(self.sink()).register(&self.ports)?;
+        Post::new().register(&self.ports)?;
+        if let Some(port) = spec.debug_exit {
+            DebugExit::new(self.sink()).register(&self.ports, port)?;
+        }
+        Ok(pm)
+    }
+
+    /// Bus 0 and the ports through which guests see it.
+    fn pci(&self, spec: &MachineSpec) -> Result<(), BuildError> {
+        let bus = PciBus::new();
+        for slot in &spec.slots {
+            let function = match slot.device {
+                SlotDevice::HostBridge => HostBridge::new(),
+                SlotDevice::AmdHostBridge => HostBridge::amd(),
+            };
+            bus.plug(slot.address, function)?;
+        }
+        ConfigPorts::new(bus, ResetControl::new(self.sink())).register(&self.ports)?;
+        Ok(())
+    }
+
     /// The serial ports that are connected to something. COM1 and COM3 share an interrupt, and so
     /// do COM2 and COM4.
     fn serial_ports(&self, spec: &MachineSpec) -> Result<Vec<Attached>, BuildError> {
@@ -172,8 +221,7 @@ impl Board<'_> {
             let uart = Uart::new(line.source(), console.clone());
             self.ports
                 .register(com.base..=com.base + (PORTS - 1), com.name, uart)?;
-            let sink = self.ending.clone();
-            let attached = attach(&self.mevent, com.name, backend, &console, sink)?;
+            let attached = attach(&self.mevent, com.name, backend, &console, self.sink())?;
             if let Some(place) = attached.location() {
                 eprintln!("rhyve: {} is at {place}", com.name);
             }

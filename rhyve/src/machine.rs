@@ -14,6 +14,7 @@ use vmm_api::memory::MemoryLayout;
 
 use crate::bus::PortBus;
 use crate::irq::IrqLine;
+use crate::isa::pm::Pm;
 use crate::sequencer::{Ending, Mailbox};
 
 /// What is kept of a vCPU outside of its own thread.
@@ -34,6 +35,8 @@ pub struct Machine {
     pub ports: Arc<PortBus>,
     /// How it ends.
     pub ending: Arc<Ending>,
+    /// Power management: the power button.
+    pub pm: Arc<Pm>,
     /// Where RAM lies.
     pub layout: MemoryLayout,
     /// KVM's statistics of the VM, where there are any.
@@ -135,7 +138,7 @@ impl Machine {
 
     /// Presses the guest's power button; false if the guest has not enabled it.
     pub fn press_power_button(&self) -> bool {
-        false
+        self.pm.power_button()
     }
 }
 

@@ -4,19 +4,24 @@
 //! loader and by `rhyve`; `vmmctl` reads it with `pread` ([`MemFile`]), because reading a hole of a
 //! tmpfs file through a mapping would allocate it.
 
+use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::mman::MmapAdvise;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
 
 /// Lowmem ends here at the latest; from here to [`HIGHMEM_BASE`] is the PCI hole.
 pub const LOWMEM_LIMIT: u64 = 3 << 30;
@@ -181,6 +186,16 @@ pub enum MemoryError {
         /// First byte of the range that was to be backed.
         gpa: u64,
     },
+    /// The memory cannot be locked.
+    #[error(
+        "cannot lock guest memory at {gpa:#x}: raise the limit of locked memory (ulimit -l), or do not wire it"
+    )]
+    Lock {
+        /// First byte of the segment.
+        gpa: u64,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Reading or writing the file failed.
     #[error("guest memory at {gpa:#x}")]
     Io {
@@ -265,6 +280,56 @@ impl GuestRam {
                 source: other.into(),
             },
         })
+    }
+
+    /// Allocates all of it and locks it in RAM.
+    ///
+    /// # Errors
+    ///
+    /// Its file system is full, or RLIMIT_MEMLOCK is too low.
+    pub fn wire(&self) -> Result<(), MemoryError> {
+        for (gpa, len, _) in self.layout.segments() {
+            self.populate(gpa, len)?;
+            let (start, size) = self.mapping(gpa, len)?;
+            // SAFETY: the range is a whole mapping of ours; locking changes nothing of its content.
+            unsafe { nix::sys::mman::mlock(start, size) }.map_err(|e| MemoryError::Lock {
+                gpa,
+                source: e.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Puts guest memory into core dumps of this process, or leaves it out.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn set_dumped(&self, dumped: bool) -> Result<(), MemoryError> {
+        let advice = if dumped {
+            MmapAdvise::MADV_DODUMP
+        } else {
+            MmapAdvise::MADV_DONTDUMP
+        };
+        for (gpa, len, _) in self.layout.segments() {
+            let (start, size) = self.mapping(gpa, len)?;
+            // SAFETY: the range is a whole mapping of ours, and this advice changes no content.
+            unsafe { nix::sys::mman::madvise(start, size, advice) }.map_err(|e| {
+                MemoryError::Io {
+                    gpa,
+                    source: e.into(),
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Where a segment is mapped.
+    fn mapping(&self, gpa: u64, len: u64) -> Result<(NonNull<c_void>, usize), MemoryError> {
+        let not_ram = MemoryError::NotRam { gpa, len };
+        let host = self.memory.get_host_address(GuestAddress(gpa)).ok();
+        let host = host.and_then(|host| NonNull::new(host.cast()));
+        host.zip(usize::try_from(len).ok()).ok_or(not_ram)
     }
 
     /// Writes bytes through the file instead of the mapping: a full file system is an error here,

@@ -31,5 +31,5 @@ impl Clock for HostClock {
 fn now(clock: ClockId) -> Duration {
     // Both clocks are on every Linux; a host before 1970 shows its epoch.
     let now = clock_gettime(clock).unwrap_or(TimeSpec::new(0, 0));
-    Duration::try_from(now).unwrap_or_default()
+    Duration::from(now)
 }

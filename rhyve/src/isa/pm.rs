@@ -177,7 +177,7 @@ impl Pm {
             && !state.status.contains(Event::TIMER)
             && let Some(timer) = self.timer.get()
         {
-            let left = u128::from((half_turns + 1 << 31) - ticks);
+            let left = u128::from(((half_turns + 1) << 31) - ticks);
             timer.arm(Duration::from_nanos(
                 (left * 1_000_000_000 / TIMER_HZ) as u64 + 1,
             ));
