@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use vmm_api::kvm::{CpuidPolicy, KvmError, KvmVm, VmPolicy};
-use vmm_api::memory::{GuestRam, MemoryError};
+use vmm_api::memory::{GuestRam, MemoryError, MemoryLayout};
 use vmm_api::state::VmState;
 use vmm_api::topology::Topology;
 
@@ -21,6 +21,7 @@ use crate::isa::i8042::I8042;
 use crate::isa::pm::Pm;
 use crate::isa::post::Post;
 use crate::isa::reset::ResetControl;
+use crate::isa::rtc::{IRQ as RTC_IRQ, Rtc, base_offset};
 use crate::isa::uart::{COM_PORTS, PORTS, Uart};
 use crate::machine::{KvmIrq, Machine, Seat};
 use crate::mevent::Mevent;
@@ -115,7 +116,7 @@ pub fn build(
         ending: &ending,
     };
     let consoles = board.serial_ports(spec)?;
-    let pm = board.legacy_devices(spec)?;
+    let pm = board.legacy_devices(spec, &layout)?;
     board.pci(spec)?;
 
     let (mut seats, mut vcpus) = (Vec::new(), Vec::new());
@@ -181,10 +182,18 @@ impl Board<'_> {
     }
 
     /// What every PC has, but for its serial ports.
-    fn legacy_devices(&self, spec: &MachineSpec) -> Result<Arc<Pm>, BuildError> {
+    fn legacy_devices(
+        &self,
+        spec: &MachineSpec,
+        layout: &MemoryLayout,
+    ) -> Result<Arc<Pm>, BuildError> {
         let pm = Pm::new(Arc::new(HostClock), self.irq(SCI), self.sink());
         pm.attach_timer(&self.mevent)?;
         pm.register(&self.ports)?;
+        let offset = base_offset(spec.rtc);
+        let rtc = Rtc::new(Arc::new(HostClock), self.irq(RTC_IRQ), offset, layout);
+        rtc.attach_timer(&self.mevent)?;
+        rtc.register(&self.ports)?;
         I8042::new(self.sink()).register(&self.ports)?;
         Post::new().register(&self.ports)?;
         if let Some(port) = spec.debug_exit {

@@ -18,6 +18,9 @@ use crate::config::RtcBase;
 use crate::irq::IrqLine;
 use crate::mevent::{Mevent, Timer};
 
+/// Its interrupt.
+pub const IRQ: u8 = 8;
+
 const INDEX: u16 = 0x70;
 const DATA: u16 = 0x71;
 
@@ -377,7 +380,7 @@ pub struct Rtc {
 
 impl Rtc {
     /// A clock that shows the host's time of day plus `offset` seconds (see [`base_offset`]) and
-    /// interrupts through `irq`, which is IRQ 8. `memory` is what its non-volatile bytes tell a guest
+    /// interrupts through `irq`, which is [`IRQ`]. `memory` is what its non-volatile bytes tell a guest
     /// that asks no better source.
     pub fn new(
         clock: Arc<dyn Clock>,
