@@ -92,8 +92,8 @@ impl Output {
         for (reason, count) in &vcpu.exits {
             self.count(&format!("exits to rhyve: {reason}"), &count.to_string());
         }
-        self.count("nanoseconds in the guest", &vcpu.guest_ns.to_string());
-        self.count("nanoseconds in rhyve", &vcpu.host_ns.to_string());
+        self.count("nanoseconds in KVM_RUN", &vcpu.guest_ns.to_string());
+        self.count("nanoseconds outside of KVM_RUN", &vcpu.host_ns.to_string());
         let values = |values: &[u64]| {
             let texts: Vec<_> = values.iter().map(u64::to_string).collect();
             texts.join(" ")

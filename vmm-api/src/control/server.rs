@@ -388,8 +388,8 @@ impl Client {
     }
 }
 
-/// What one line comes to.
-pub(super) fn answer(target: &dyn ControlTarget, line: &[u8]) -> Answer {
+/// What one line comes to: the whole protocol but for the socket.
+pub fn answer(target: &dyn ControlTarget, line: &[u8]) -> Answer {
     let call: Call = match decode(line) {
         Ok(call) => call,
         Err(error) => return malformed(line, &error),
