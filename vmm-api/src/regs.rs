@@ -95,7 +95,7 @@ macro_rules! registers {
             pub gdtr: Table,
             /// Interrupt descriptor table register.
             pub idtr: Table,
-            /// PAE page directory pointers, where KVM tells them (KVM_GET_SREGS2).
+            /// The page directory pointers of PAE paging, where KVM tells them (KVM_GET_SREGS2).
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub pdpte: Option<[u64; 4]>,
         }
@@ -265,8 +265,8 @@ pub enum RegError {
     /// No register has this name.
     #[error("no register is named '{0}'")]
     Unknown(String),
-    /// This host's KVM does not tell the register (it has no KVM_GET_SREGS2).
-    #[error("register {0} is not available through this machine's KVM")]
+    /// A page directory pointer without PAE paging, or on a KVM without KVM_GET_SREGS2.
+    #[error("register {0} has no value: PAE paging is off, or this machine's KVM does not tell it")]
     Unavailable(Reg),
     /// The value has more bits than the register.
     #[error("value {value:#x} does not fit in register {reg} ({bits} bits)")]

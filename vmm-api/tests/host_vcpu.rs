@@ -2,61 +2,14 @@
 
 #![cfg(test)]
 
+mod support;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use kvm_ioctls::Kvm;
+use support::{CODE, real_mode, vcpu};
 use vmm_api::exit::{Direction, ExitKind, PortAccess, VmExit};
-use vmm_api::kvm::{CpuidPolicy, KvmVcpu, KvmVm, VmPolicy};
-use vmm_api::memory::{GuestRam, MemoryLayout};
-use vmm_api::regs::{Access, Registers, Segment};
-use vmm_api::state::VcpuState;
-use vmm_api::topology::Topology;
-
-const CODE: u64 = 0x1000;
-
-/// A vCPU in real mode at `code`, which lies at 0x1000.
-fn vcpu(code: &[u8]) -> KvmVcpu {
-    let layout = MemoryLayout {
-        lowmem: 1 << 20,
-        highmem: 0,
-    };
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
-    file.set_len(layout.total()).unwrap();
-    let ram = GuestRam::map(file, layout).unwrap();
-    ram.write(CODE, code).unwrap();
-    let kvm = Kvm::new().expect("the host lane needs /dev/kvm");
-    let cpuid = CpuidPolicy {
-        topology: Topology::packages(1),
-        x2apic: true,
-    };
-    let policy = VmPolicy {
-        cpuid,
-        unknown_msr_exits: false,
-    };
-    let vm = KvmVm::new(kvm, ram, policy).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut state = VcpuState::reset();
-    state.registers = real_mode();
-    vcpu.restore(&state).unwrap();
-    vcpu
-}
-
-fn real_mode() -> Registers {
-    let cs = Segment {
-        selector: 0,
-        base: 0,
-        limit: 0xffff,
-        access: Access(0x9b),
-    };
-    Registers {
-        rip: CODE,
-        cs,
-        rsp: 0x8000,
-        ..Registers::reset()
-    }
-}
 
 fn port(direction: Direction, port: u16, size: u8, count: u32) -> VmExit {
     VmExit::Port(PortAccess {
@@ -70,7 +23,7 @@ fn port(direction: Direction, port: u16, size: u8, count: u32) -> VmExit {
 #[test]
 fn port_exits_are_owned_and_their_data_goes_both_ways() {
     // mov dx, 0x3f8; in al, dx; inc al; out dx, al; hlt
-    let mut vcpu = vcpu(&[0xba, 0xf8, 0x03, 0xec, 0xfe, 0xc0, 0xee, 0xf4]);
+    let (mut vcpu, _) = vcpu(&[0xba, 0xf8, 0x03, 0xec, 0xfe, 0xc0, 0xee, 0xf4]);
     assert_eq!(vcpu.run().unwrap(), port(Direction::In, 0x3f8, 1, 1));
     vcpu.pio_data().copy_from_slice(&[0x41]);
     assert_eq!(vcpu.run().unwrap(), port(Direction::Out, 0x3f8, 1, 1));
@@ -82,7 +35,7 @@ fn port_exits_are_owned_and_their_data_goes_both_ways() {
 #[test]
 fn registers_are_consistent_after_completion() {
     // mov dx, 0x80; in al, dx; hlt
-    let mut vcpu = vcpu(&[0xba, 0x80, 0x00, 0xec, 0xf4]);
+    let (mut vcpu, _) = vcpu(&[0xba, 0x80, 0x00, 0xec, 0xf4]);
     assert_eq!(vcpu.run().unwrap(), port(Direction::In, 0x80, 1, 1));
     vcpu.pio_data().copy_from_slice(&[0x5a]);
     assert_eq!(vcpu.complete().unwrap(), VmExit::Interrupted);
@@ -95,7 +48,7 @@ fn registers_are_consistent_after_completion() {
 
 #[test]
 fn what_is_captured_can_be_restored() {
-    let vcpu = vcpu(&[0xf4]);
+    let (vcpu, _) = vcpu(&[0xf4]);
     let mut state = vcpu.capture().unwrap();
     assert_eq!(state.lapic.len(), 1024);
     assert!(state.xsave.len() >= 4096);
@@ -106,7 +59,7 @@ fn what_is_captured_can_be_restored() {
         (rest.rip, rest.rflags)
     );
     state.registers.rbx = 0x1234_5678_9abc_def0;
-    let mut other = self::vcpu(&[0xf4]);
+    let (mut other, _) = support::vcpu(&[0xf4]);
     other.restore(&state).unwrap();
     assert_eq!(other.registers().unwrap(), state.registers);
 }
@@ -114,7 +67,7 @@ fn what_is_captured_can_be_restored() {
 #[test]
 fn a_kick_is_never_lost() {
     // jmp $
-    let mut vcpu = vcpu(&[0xeb, 0xfe]);
+    let (mut vcpu, _) = vcpu(&[0xeb, 0xfe]);
     let kick = vcpu.bind_thread();
     // Before the entry: the next run returns at once.
     kick.kick();

@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, Msrs,
-    Xsave, kvm_lapic_state, kvm_msr_entry, kvm_run, kvm_xcrs, kvm_xsave, kvm_xsave2,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_SREGS2_FLAGS_PDPTRS_VALID, KVMIO, Msrs, Xsave, kvm_lapic_state, kvm_msr_entry, kvm_run,
+    kvm_sregs2, kvm_xcrs, kvm_xsave, kvm_xsave2,
 };
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
 use nix::libc;
 use vmm_sys_util::fam::FamStruct;
-use vmm_sys_util::ioctl_io_nr;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr};
 
 use super::{Kick, KvmError, KvmVm, convert, cpuid, ioctl, kick};
 use crate::exit::{Direction, ExitKind, InternalError, PortAccess, VmExit};
@@ -26,7 +28,8 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 const APIC_LVT1: usize = 0x360;
 const APIC_MODE_NMI: u32 = 0x400;
 
-ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
 /// KVM's binary statistics of a VM or a vCPU.
 pub(super) fn stats_file(fd: &impl AsRawFd) -> Result<File, KvmError> {
@@ -299,6 +302,7 @@ impl KvmVcpu {
             .get_sregs()
             .map_err(ioctl("read system registers"))?;
         convert::from_sregs(&sregs, &mut regs);
+        regs.pdpte = self.pdpte(&regs);
         let debug = self
             .fd
             .get_debug_regs()
@@ -313,6 +317,21 @@ impl KvmVcpu {
             .map_err(ioctl("read pending events"))?;
         regs.intr_shadow = events.interrupt.shadow.into();
         Ok(regs)
+    }
+
+    /// The page directory pointers, which only PAE paging loads into the processor.
+    fn pdpte(&self, regs: &Registers) -> Option<[u64; 4]> {
+        const CR0_PG: u64 = 1 << 31;
+        const CR4_PAE: u64 = 1 << 5;
+        const EFER_LMA: u64 = 1 << 10;
+        if regs.cr0 & CR0_PG == 0 || regs.cr4 & CR4_PAE == 0 || regs.efer & EFER_LMA != 0 {
+            return None;
+        }
+        let mut sregs = kvm_sregs2::default();
+        // SAFETY: the ioctl fills exactly this structure; an older KVM refuses it.
+        let got = unsafe { ioctl_with_mut_ref(&self.fd, KVM_GET_SREGS2(), &mut sregs) };
+        let valid = sregs.flags & u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0;
+        (got == 0 && valid).then_some(sregs.pdptrs)
     }
 
     /// Sets those registers that differ from what the vCPU has.
