@@ -5,7 +5,7 @@
 
 use std::env;
 use std::error::Error;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -194,7 +194,7 @@ fn show(profile: Profile, parts: &Parts) -> Result<(), Box<dyn Error>> {
         }
     }
 
-    heading("the console");
+    heading("Typed on the console:");
     let [question, answer] = profile.question();
     guest.type_in(question)?;
     guest.expect(answer)?;
@@ -213,7 +213,7 @@ fn show(profile: Profile, parts: &Parts) -> Result<(), Box<dyn Error>> {
 
 /// Shows a command and what it writes, and returns that; an error if it fails.
 fn say(command: &mut Command) -> Result<String, Box<dyn Error>> {
-    heading(&line(command));
+    heading(&format!("$ {}", line(command)));
     let output = command
         .stderr(Stdio::inherit())
         .output()
@@ -229,7 +229,11 @@ fn say(command: &mut Command) -> Result<String, Box<dyn Error>> {
 }
 
 fn heading(text: &str) {
-    println!("\n\x1b[1m$ {text}\x1b[0m");
+    if io::stdout().is_terminal() {
+        println!("\n\x1b[1m{text}\x1b[0m");
+    } else {
+        println!("\n{text}");
+    }
 }
 
 /// A command as it would be typed in the repository's directory.
@@ -279,7 +283,7 @@ struct Guest {
 
 impl Guest {
     fn start(mut command: Command) -> Result<Self, Box<dyn Error>> {
-        heading(&line(&command));
+        heading(&format!("$ {}", line(&command)));
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command
             .spawn()
