@@ -6,7 +6,6 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -96,7 +95,9 @@ fn tracing(filter: Option<&str>) -> Result<(), tracing_subscriber::filter::Parse
     let filter = EnvFilter::try_new(filter.unwrap_or("warn"))?;
     let format = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_env_filter(filter);
-    format.with_ansi(std::io::stderr().is_terminal()).init();
+        .with_env_filter(filter)
+        // Colours are a feature that is not compiled in.
+        .with_ansi(false);
+    format.init();
     Ok(())
 }
