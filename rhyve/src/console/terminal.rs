@@ -13,7 +13,7 @@ use std::sync::{Mutex, Once, PoisonError};
 use nix::errno::Errno;
 use nix::libc::{self, c_int};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
-use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 /// A terminal in raw mode: how it was, and how it is.
 struct Saved {
@@ -47,10 +47,9 @@ impl RawTerminal {
         };
         install_once();
         let original = libc::termios::from(termios.clone());
-        let output = termios.output_flags & (OutputFlags::OPOST | OutputFlags::ONLCR);
         cfmakeraw(&mut termios);
-        termios.output_flags |= output;
-        let raw = libc::termios::from(termios.clone());
+        let mut raw = libc::termios::from(termios);
+        raw.c_oflag |= original.c_oflag & (libc::OPOST | libc::ONLCR);
         let saved = Saved {
             terminal: terminal.try_clone_to_owned()?,
             original,
@@ -58,7 +57,7 @@ impl RawTerminal {
         };
         let slot = claim(saved).ok_or_else(|| io::Error::other("too many raw terminals"))?;
         let guard = Self { slot };
-        tcsetattr(terminal, SetArg::TCSANOW, &termios)?;
+        tcsetattr(terminal, SetArg::TCSANOW, &Termios::from(raw))?;
         Ok(Some(guard))
     }
 }
@@ -201,6 +200,14 @@ mod tests {
             !raw.local_flags
                 .intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
         );
+        assert_eq!(raw.output_flags, before.output_flags);
+        // What the handlers of SIGTSTP and SIGCONT do, to this terminal alone.
+        for (mode, expected) in [(true, &before), (false, &raw)] {
+            let slot = TERMINALS[guard.slot].lock().unwrap();
+            let saved = slot.as_ref().unwrap();
+            saved.apply(if mode { &saved.original } else { &saved.raw });
+            assert_eq!(tcgetattr(&pty.slave).unwrap(), *expected);
+        }
         drop(guard);
         assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
     }
