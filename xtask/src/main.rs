@@ -5,7 +5,9 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod project;
+mod task_bench;
 mod task_demo;
 mod task_guest_image;
 mod task_nested;
@@ -29,6 +31,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    Bench(task_bench::Bench),
     Demo(task_demo::Demo),
     GuestImage(task_guest_image::GuestImage),
     Nested(task_nested::Nested),
@@ -37,6 +40,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
+        Task::Bench(task) => task.run(),
         Task::Demo(task) => task.run(),
         Task::GuestImage(task) => task.run(),
         Task::Nested(task) => task.run(),

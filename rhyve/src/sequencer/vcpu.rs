@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use vmm_api::exit::{Direction, PortAccess, VmExit};
 use vmm_api::kvm::{KvmError, KvmVcpu};
 use vmm_api::memory::GuestRam;
@@ -48,6 +50,7 @@ impl Vcpu {
         if let Err(cause) = self.pin() {
             self.ending.end(cause);
         }
+        trace_start();
         loop {
             if self.mailbox.posted() {
                 if let Err(error) = self.complete() {
@@ -197,5 +200,15 @@ impl Vcpu {
             report,
             ..Cause::error(why)
         });
+    }
+}
+
+/// Tells what the start has cost the whole process, right before the guest is entered.
+fn trace_start() {
+    if tracing::enabled!(target: "rhyve::start", tracing::Level::DEBUG)
+        && let Ok(spent) = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+    {
+        let cpu_us = Duration::from(spent).as_micros();
+        tracing::debug!(target: "rhyve::start", cpu_us, "first entry");
     }
 }

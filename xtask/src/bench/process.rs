@@ -1,0 +1,181 @@
+//! Processes that are measured: a monitor with its guest's console, and its resident memory.
+
+use std::error::Error;
+use std::fs;
+use std::io::Read;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a guest may take. QEMU needs some ten seconds in the nested lane.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Runs a command to its end and returns its wall time.
+pub fn time(command: &mut Command) -> Result<Duration, Box<dyn Error>> {
+    let start = Instant::now();
+    let output = command.stdin(Stdio::null()).output()?;
+    let spent = start.elapsed();
+    if !output.status.success() {
+        let program = command.get_program().display();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{program} ended with {}: {}", output.status, errors.trim()).into());
+    }
+    Ok(spent)
+}
+
+/// A running monitor whose standard output is its guest's console. Dropping it kills it.
+pub struct Monitor {
+    child: Child,
+    /// Kept open: the end of input may end a console.
+    _input: Option<ChildStdin>,
+    console: Receiver<Vec<u8>>,
+    text: Vec<u8>,
+}
+
+impl Monitor {
+    pub fn start(mut command: Command) -> Result<Self, Box<dyn Error>> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let program = command.get_program().to_owned();
+        let child = command.spawn();
+        let mut child = child.map_err(|error| format!("{}: {error}", program.display()))?;
+        let mut output = child.stdout.take().ok_or("a monitor has no output")?;
+        let (sender, console) = mpsc::channel();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = output.read(&mut buffer) {
+                if sender.send(buffer[..length].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self {
+            _input: child.stdin.take(),
+            child,
+            console,
+            text: Vec::new(),
+        })
+    }
+
+    /// Waits until the console has shown `sign`.
+    pub fn expect(&mut self, sign: &str) -> Result<(), Box<dyn Error>> {
+        let deadline = Instant::now() + PATIENCE;
+        while !contains(&self.text, sign.as_bytes()) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.console.recv_timeout(left) {
+                Ok(piece) => self.text.extend(piece),
+                Err(_) => {
+                    let text = String::from_utf8_lossy(&self.text);
+                    return Err(format!("the console never showed {sign:?}, but {text:?}").into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Resident memory in MiB that is not guest RAM: every mapping's pages in full, those of shared
+    /// libraries as well, but not those of mappings that `is_ram` recognizes.
+    pub fn resident_mib(
+        &self,
+        is_ram: impl Fn(&Mapping<'_>) -> bool,
+    ) -> Result<f64, Box<dyn Error>> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
+        let (mut ram, mut rest) = (0, 0);
+        for mapping in mappings(&smaps) {
+            *(if is_ram(&mapping) {
+                &mut ram
+            } else {
+                &mut rest
+            }) += mapping.rss_kib;
+        }
+        if ram == 0 {
+            return Err("the mapping of guest RAM is not found".into());
+        }
+        Ok(f64::from(rest) / 1024.0)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn contains(text: &[u8], sign: &[u8]) -> bool {
+    text.windows(sign.len()).any(|window| window == sign)
+}
+
+/// A mapping as /proc/PID/smaps has it (proc_pid_smaps(5)).
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mapping<'a> {
+    /// The file, or empty.
+    pub path: &'a str,
+    pub size_kib: u32,
+    pub rss_kib: u32,
+}
+
+fn mappings(smaps: &str) -> Vec<Mapping<'_>> {
+    let mut mappings: Vec<Mapping<'_>> = Vec::new();
+    for line in smaps.lines() {
+        let (key, value) = line.split_once(' ').unwrap_or((line, ""));
+        let kib = || value.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+        match (key, mappings.last_mut()) {
+            ("Size:", Some(mapping)) => mapping.size_kib = kib(),
+            ("Rss:", Some(mapping)) => mapping.rss_kib = kib(),
+            (key, _) if !key.ends_with(':') => {
+                // Address, permissions, offset, device, inode; the path is what is left.
+                let path = value.splitn(5, ' ').nth(4).unwrap_or("").trim();
+                mappings.push(Mapping {
+                    path,
+                    size_kib: 0,
+                    rss_kib: 0,
+                });
+            }
+            _ => {}
+        }
+    }
+    mappings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn smaps_are_read() {
+        let smaps = "7f00-7f10 rw-s 00000000 00:1b 36          /dev/shm/a b/mem\n\
+                     Size:             262144 kB\nKernelPageSize:        4 kB\n\
+                     Rss:               61440 kB\nVmFlags: rd wr sh\n\
+                     7f20-7f30 rw-p 00000000 00:00 0 \n\
+                     Size:                132 kB\nRss:                  12 kB\n";
+        let mapping = |path, size_kib, rss_kib| Mapping {
+            path,
+            size_kib,
+            rss_kib,
+        };
+        assert_eq!(
+            mappings(smaps),
+            [
+                mapping("/dev/shm/a b/mem", 262_144, 61_440),
+                mapping("", 132, 12)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_sign_is_found_across_pieces() {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "printf 'rhyve-'; sleep 0.05; printf 'init: up'; sleep 60",
+        ]);
+        let mut monitor = Monitor::start(command).unwrap();
+        monitor.expect("rhyve-init: up").unwrap();
+        drop(monitor);
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo something else"]);
+        let error = Monitor::start(command).unwrap().expect("up").unwrap_err();
+        assert!(error.to_string().contains("something else"), "{error}");
+    }
+}

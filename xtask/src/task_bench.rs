@@ -1,0 +1,169 @@
+//! `cargo xtask bench`: measurements that are printed, not tests that pass or fail.
+//!
+//! `bench boot` builds what is needed, has one nested run measure boots side by side, measures start
+//! and inspection on this machine's own KVM, and prints both. The parts that run in a lane are in
+//! [`crate::bench`]; in the nested one it is this program that runs them, under a hidden verb.
+
+use std::env;
+use std::process::{Command, ExitCode, Stdio};
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::bench::boot::{self, Boots, Parts};
+use crate::bench::host::{self, Host};
+use crate::bench::sample::Sample;
+use crate::{TaskResult, project, task_guest_image};
+
+/// Measure, and print what was measured
+#[derive(Debug, Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Boot(Boot),
+    /// What the nested lane runs
+    #[command(hide = true)]
+    InLane(Parts),
+}
+
+/// Boot Debian's kernel under rhyve and under QEMU, and see what each takes
+#[derive(Debug, Args)]
+struct Boot {
+    /// Measured boots of each monitor, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: host::Machine,
+    nested: Boots,
+    host: Host,
+}
+
+impl Bench {
+    pub fn run(self) -> TaskResult {
+        match self.what {
+            What::Boot(boot) => boot.run(),
+            What::InLane(parts) => {
+                let boots = boot::measure(&parts)?;
+                println!("{}", serde_json::to_string(&boots)?);
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    }
+}
+
+impl Boot {
+    fn run(self) -> TaskResult {
+        let programs = project::build(&["rhyveload", "rhyve", "vmmctl"], true)?;
+        let probe = task_guest_image::make("probe")?;
+        let linux = task_guest_image::make("linux")?;
+        let lane = task_guest_image::make("lane")?;
+
+        // First, while nothing else runs.
+        let host = host::measure(&programs, probe.path("kernel")?, linux.path("kernel")?)?;
+
+        let xtask = env::current_exe()?;
+        let mut nested = Command::new(&xtask);
+        nested.args(["nested", "--timeout", &(120 + 60 * self.runs).to_string()]);
+        nested.arg("--").arg(&xtask).args(["bench", "in-lane"]);
+        nested.args(["--runs", &self.runs.to_string()]);
+        nested.arg("--programs").arg(&programs);
+        nested.arg("--kernel").arg(linux.path("kernel")?);
+        nested.arg("--initrd").arg(linux.path("initrd")?);
+        nested.arg("--qemu").arg(lane.path("qemu")?);
+        let output = nested
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()?;
+        if !output.status.success() {
+            return Err(format!("the nested run ended with {}", output.status).into());
+        }
+        let report = Report {
+            machine: host::Machine::this(),
+            nested: serde_json::from_slice(&output.stdout)?,
+            host,
+        };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            print!("{}", report.table());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Report {
+    fn table(&self) -> String {
+        let mut text = format!("{}\n", self.machine);
+        text += &format!(
+            "\nnested lane: {} MiB, one vCPU, vmlinux and initramfs on tmpfs, \"{}\"\n",
+            boot::MEMORY_MIB,
+            boot::CMDLINE
+        );
+        let mut row = |name: &str, sample: &Sample, unit: &str, ratio: Option<f64>| {
+            let ratio = ratio.map_or(String::new(), |ratio| format!("{ratio:8.2}"));
+            let Sample {
+                median, min, max, ..
+            } = sample;
+            let line = format!("  {name:<38}{median:9.2}{min:9.2}{max:9.2} {unit:<4}{ratio}");
+            text += line.trim_end();
+            text += "\n";
+        };
+        let boots = &self.nested;
+        let pc = &boots.qemu_pc;
+        for (name, boot) in [
+            ("boot: rhyveload + rhyve", &boots.rhyve),
+            ("boot: QEMU -M pc", pc),
+            ("boot: QEMU -M microvm", &boots.qemu_microvm),
+        ] {
+            let ratio = boot.seconds.median / pc.seconds.median;
+            row(name, &boot.seconds, "s", Some(ratio));
+        }
+        row("  of it rhyveload", &boots.load_seconds, "s", None);
+        for (name, boot) in [
+            ("resident beyond RAM: rhyve", &boots.rhyve),
+            ("resident beyond RAM: QEMU -M pc", pc),
+            ("resident beyond RAM: QEMU -M microvm", &boots.qemu_microvm),
+        ] {
+            let ratio = boot.resident_mib.median / pc.resident_mib.median;
+            row(name, &boot.resident_mib, "MiB", Some(ratio));
+        }
+        let copies = [("nested", &boots.copy), ("host", &self.host.copy)];
+        for (lane, copy) in copies {
+            let ratio = copy.rhyveload_ms.median / copy.cp_ms.median;
+            row(
+                &format!("cp vmlinux ({lane})"),
+                &copy.cp_ms,
+                "ms",
+                Some(1.0),
+            );
+            let name = format!("rhyveload vmlinux ({lane})");
+            row(&name, &copy.rhyveload_ms, "ms", Some(ratio));
+        }
+        let host = &self.host;
+        row(
+            "rhyve: exec to first KVM_RUN (host)",
+            &host.first_entry_cpu_ms,
+            "ms",
+            None,
+        );
+        row(
+            "vmmctl --get-all, running VM (host)",
+            &host.get_all_ms,
+            "ms",
+            None,
+        );
+        text + "\n  columns: median, least, most, unit, ratio to QEMU -M pc or to cp; \
+                exec to first KVM_RUN is CPU time, all else wall time\n"
+    }
+}
