@@ -27,9 +27,9 @@ Escape sequence:
   The terminal is set back whatever ends rhyve.
 
 Signals:
-  TERM       presses the guest's power button; a second one stops the VM
-  INT, HUP   stop the VM now, with its last state in its object
-  KILL       leaves an object that can be read, loaded again or destroyed
+  TERM            presses the guest's power button; a second one stops the VM
+  INT, HUP, QUIT  stop the VM now, with its last state in its object
+  KILL            leaves an object that can be read, loaded again or destroyed
 
 Exit status:
   0  the guest rebooted: load and run it again

@@ -26,6 +26,14 @@ use crate::suspend::{SuspendHow, SuspendSink};
 /// Room in vm.json for a vCPU's registers, MSRs and local APIC, and for its XSAVE area in base64.
 const VCPU_TEXT: u64 = 48 << 10;
 
+/// What ends a machine, or asks its guest to end.
+const SIGNALS: [Signal; 4] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
 /// Why a machine did not start, or could not be put away.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -128,10 +136,7 @@ fn check(spec: &MachineSpec, state: &VmState) -> Result<(), RunError> {
 }
 
 fn block_signals() -> Result<SignalFd, RunError> {
-    let mut set = SigSet::empty();
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
-        .into_iter()
-        .for_each(|s| set.add(s));
+    let set = SigSet::from_iter(SIGNALS);
     set.thread_block()
         .map_err(|e| system("block signals")(e.into()))?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;

@@ -3,6 +3,7 @@
 //! Everything here belongs to the process that made it: KVM answers EIO to any other, even to a
 //! forked child with the same descriptors.
 
+mod capture;
 mod convert;
 mod cpuid;
 mod kick;
