@@ -9,6 +9,7 @@ mod bench;
 mod project;
 mod task_bench;
 mod task_demo;
+mod task_fuzz;
 mod task_guest_image;
 mod task_nested;
 mod task_test;
@@ -33,6 +34,7 @@ struct Cli {
 enum Task {
     Bench(task_bench::Bench),
     Demo(task_demo::Demo),
+    Fuzz(task_fuzz::Fuzz),
     GuestImage(task_guest_image::GuestImage),
     Nested(task_nested::Nested),
     Test(task_test::Test),
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Bench(task) => task.run(),
         Task::Demo(task) => task.run(),
+        Task::Fuzz(task) => task.run(),
         Task::GuestImage(task) => task.run(),
         Task::Nested(task) => task.run(),
         Task::Test(task) => task.run(),

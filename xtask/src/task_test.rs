@@ -44,6 +44,8 @@ enum Step {
     Doc,
     /// Unit and property tests, and integration tests that need no KVM
     Unit,
+    /// `cargo xtask fuzz`, a few seconds for each target
+    Fuzz,
     /// Tests on this machine's KVM
     Host,
     /// Tests on real KVM inside QEMU's software CPU
@@ -59,6 +61,7 @@ impl Step {
             Step::Lint => "lints",
             Step::Doc => "documentation",
             Step::Unit => "unit tests",
+            Step::Fuzz => "fuzz targets",
             Step::Host => "host lane",
             Step::Nested => "nested lane",
             Step::Demo => "demo",
@@ -136,6 +139,11 @@ impl Run {
                 self.check("examples in the documentation", examples)
             }
             Step::Unit => self.programs(Lane::Any),
+            Step::Fuzz => {
+                let mut fuzz = Command::new(&self.xtask);
+                fuzz.args(["fuzz", "--seconds", "5"]);
+                self.check("cargo xtask fuzz", fuzz)
+            }
             Step::Host => {
                 open_kvm()?;
                 self.programs(Lane::Host)
