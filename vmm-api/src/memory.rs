@@ -17,6 +17,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::MmapAdvise;
+use nix::sys::statfs::HUGETLBFS_MAGIC;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -161,6 +162,18 @@ pub enum MemoryError {
         .0.lowmem, .0.highmem
     )]
     Layout(MemoryLayout),
+    /// The lengths cannot be on hugetlbfs.
+    #[error(
+        "lowmem {:#x} and highmem {:#x} are not whole huge pages, which have {page:#x} bytes where \
+        the memory file is: give other sizes, or another directory",
+        .layout.lowmem, .layout.highmem
+    )]
+    HugePages {
+        /// The lengths.
+        layout: MemoryLayout,
+        /// Bytes in a huge page.
+        page: u64,
+    },
     /// The file's length is not what vm.json says.
     #[error("the memory file has {found:#x} bytes where vm.json says {expected:#x}: load again")]
     Length {
@@ -461,6 +474,19 @@ pub(crate) fn capacity(file: &File) -> Result<Option<u64>, Errno> {
     Ok((bytes != 0).then_some(bytes))
 }
 
+/// Refuses lengths that hugetlbfs would answer with a bare EINVAL: it has only whole huge pages, and
+/// highmem begins in the file where lowmem ends.
+pub(crate) fn check_huge_pages(file: &File, layout: MemoryLayout) -> Result<(), MemoryError> {
+    let stat = nix::sys::statfs::fstatfs(file).map_err(|e| MemoryError::Map(e.into()))?;
+    // hugetlbfs's block is its huge page (fs/hugetlbfs/inode.c, hugetlbfs_statfs).
+    let page = u64::try_from(stat.block_size()).unwrap_or(0).max(1);
+    let whole = layout.lowmem.is_multiple_of(page) && layout.highmem.is_multiple_of(page);
+    if stat.filesystem_type() == HUGETLBFS_MAGIC && !whole {
+        return Err(MemoryError::HugePages { layout, page });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -570,5 +596,24 @@ mod tests {
             GuestRam::map(file, layout),
             Err(MemoryError::Length { .. })
         ));
+    }
+
+    #[test]
+    fn huge_pages_are_whole() {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let layout = |lowmem, highmem| MemoryLayout { lowmem, highmem };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+        let huge: File = memfd_create("mem", flags).unwrap().into();
+        let check = |layout| check_huge_pages(&huge, layout).map_err(|e| e.to_string());
+        assert_eq!(check(layout(4 << 20, 2 << 20)), Ok(()));
+        for bad in [layout(3 << 20, 0), layout(3 << 20, 1 << 20)] {
+            let text = check(bad).unwrap_err();
+            assert!(
+                text.contains("huge pages, which have 0x200000 bytes"),
+                "{text}"
+            );
+        }
+        let plain = tempfile::tempfile_in("/dev/shm").unwrap();
+        check_huge_pages(&plain, layout(3 << 20, 0)).unwrap();
     }
 }

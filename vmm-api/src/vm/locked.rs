@@ -12,7 +12,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::{CONTROL, LOCK, MEMORY, STATE, STATE_NEW, Vm, VmError, errno, external_memory};
-use crate::memory::{GuestRam, MemoryLayout, allocate, capacity};
+use crate::memory::{GuestRam, MemoryLayout, allocate, capacity, check_huge_pages};
 use crate::state::{StateError, VmState};
 
 /// An object that only this process may change, until the value is dropped.
@@ -99,8 +99,9 @@ impl LockedVm {
         state: &mut VmState,
         setup: &MemorySetup,
     ) -> Result<(), VmError> {
+        let name = self.name.clone();
         let memory = |source| VmError::Memory {
-            name: self.name.clone(),
+            name: name.clone(),
             source,
         };
         let layout = setup.layout;
@@ -155,7 +156,9 @@ impl LockedVm {
                 available: room >> 20,
                 path: place.clone(),
             }),
-            _ => file.set_len(layout.total()).map_err(|e| io(errno(&e))),
+            _ => check_huge_pages(&file, layout)
+                .map_err(memory)
+                .and_then(|()| file.set_len(layout.total()).map_err(|e| io(errno(&e)))),
         };
         let made = made.and_then(|()| {
             if setup.wire {
