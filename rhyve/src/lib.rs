@@ -33,6 +33,7 @@ pub mod sequencer;
 pub mod suspend;
 #[cfg(test)]
 pub mod testing;
+pub mod virtio;
 
 /// An error and its sources on one line: `outer: cause`.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -3,6 +3,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+mod driver;
+
+pub use driver::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor, Sent};
+
 use crate::irq::IrqLine;
 use crate::isa::clock::Clock;
 use crate::suspend::{SuspendHow, SuspendSink};

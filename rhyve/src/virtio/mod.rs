@@ -1,0 +1,22 @@
+//! virtio: what devices and their transports have in common.
+//!
+//! A driver in the guest negotiates with a transport; once it is ready, the transport hands the
+//! [`VirtioDevice`] its [`Virtqueue`]s and stays out of the way:
+//!
+//! ```text
+//!  registers --> transport --activate, reset--> VirtioDevice
+//!  notify ----> (ioeventfd) ----> kick --> worker or mevent --> Virtqueue::pop --> Chain
+//!  interrupt <-- (irqfd) <-- Interrupts <-- Virtqueue::signal <-- Virtqueue::add_used
+//! ```
+//!
+//! Section numbers are of "Virtual I/O Device (VIRTIO) Version 1.3" (OASIS).
+
+mod chain;
+mod device;
+mod queue;
+
+pub use chain::{Chain, Reader, Segment, Writer};
+pub use device::{
+    Activation, DeviceError, Interrupts, QueueReset, VirtioDevice, device_id, feature,
+};
+pub use queue::{QueueCounters, Rings, RingsError, Virtqueue};

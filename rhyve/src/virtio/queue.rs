@@ -1,0 +1,341 @@
+//! A virtqueue as its device sees it: requests come out, answers go in (2.7).
+//!
+//! Over [`virtio_queue::Queue`], which knows the rings. What is added here is what a device would
+//! otherwise have to do by itself: whole chains, checked before a device sees them; the flag by
+//! which a driver without event index says that it wants no interrupts; and an end to a queue whose
+//! driver broke it.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+use nix::sys::eventfd::EventFd;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::{Chain, Interrupts, Segment};
+
+/// The longest chain: as many segments as preadv(2) takes (IOV_MAX).
+const MAX_SEGMENTS: usize = 1024;
+
+/// Where a driver has put a queue, in guest-physical addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rings {
+    /// Descriptors: a power of two up to the queue's maximum.
+    pub size: u16,
+    /// The descriptor table, a multiple of 16.
+    pub descriptors: u64,
+    /// The available ring, a multiple of 2.
+    pub available: u64,
+    /// The used ring, a multiple of 4.
+    pub used: u64,
+    /// RING_EVENT_IDX was negotiated.
+    pub event_index: bool,
+}
+
+/// Rings that cannot be.
+#[derive(Debug, thiserror::Error)]
+#[error("queue {queue} of {} descriptors at {:#x}, {:#x}, {:#x}: {problem}",
+    .rings.size, .rings.descriptors, .rings.available, .rings.used)]
+pub struct RingsError {
+    /// Which queue.
+    pub queue: u16,
+    /// What the driver said.
+    pub rings: Rings,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// What a queue has done, for whoever looks from outside.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Requests answered.
+    pub requests: AtomicU64,
+    /// Interrupts sent.
+    pub interrupts: AtomicU64,
+    /// Available ring index up to which requests were taken.
+    pub next_avail: AtomicU16,
+    /// Used ring index up to which requests were answered.
+    pub next_used: AtomicU16,
+}
+
+/// A queue that its driver has set up, for the one thread that serves it.
+///
+/// Nothing a driver writes makes a method fail: a ring that makes no sense (an index that jumps, a
+/// chain that loops, leads out of RAM or mixes its directions) is reported once, sets
+/// DEVICE_NEEDS_RESET and leaves the queue broken, and from then on it is empty and swallows
+/// answers.
+pub struct Virtqueue {
+    index: u16,
+    ring: Queue,
+    memory: GuestMemoryMmap,
+    kick: Arc<EventFd>,
+    interrupts: Arc<dyn Interrupts>,
+    counters: Arc<QueueCounters>,
+    /// Requests taken and not answered: never more than the ring has, whatever the driver says.
+    in_flight: u16,
+    /// There are answers the driver was not told of.
+    unsignalled: bool,
+    broken: bool,
+}
+
+impl Virtqueue {
+    /// The queue `index` with these rings in `memory`.
+    ///
+    /// # Errors
+    /// The size is none, the rings are not aligned or are not RAM.
+    pub fn new(
+        index: u16,
+        rings: Rings,
+        memory: GuestMemoryMmap,
+        kick: Arc<EventFd>,
+        interrupts: Arc<dyn Interrupts>,
+    ) -> Result<Self, RingsError> {
+        let problem = |problem: String| RingsError {
+            queue: index,
+            rings,
+            problem,
+        };
+        let mut ring = Queue::new(rings.size).map_err(|e| problem(e.to_string()))?;
+        ring.try_set_desc_table_address(GuestAddress(rings.descriptors))
+            .and_then(|()| ring.try_set_avail_ring_address(GuestAddress(rings.available)))
+            .and_then(|()| ring.try_set_used_ring_address(GuestAddress(rings.used)))
+            .map_err(|e| problem(e.to_string()))?;
+        ring.set_event_idx(rings.event_index);
+        ring.set_ready(true);
+        // At 0 there is no driver's ring but a forgotten one.
+        if rings.available == 0 || !ring.is_valid(&memory) {
+            return Err(problem("not in RAM".into()));
+        }
+        Ok(Self {
+            index,
+            ring,
+            memory,
+            kick,
+            interrupts,
+            counters: Arc::default(),
+            in_flight: 0,
+            unsignalled: false,
+            broken: false,
+        })
+    }
+
+    /// Its number in the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Descriptors the rings have.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Readable when the driver says that there are requests; reading it takes the news.
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// What it has done so far, also after it is gone.
+    pub fn counters(&self) -> &Arc<QueueCounters> {
+        &self.counters
+    }
+
+    /// Whether its driver has broken it.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The next request; none if there is none.
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.broken {
+            return None;
+        }
+        match self.next_chain() {
+            Ok(chain) => {
+                if chain.is_some() {
+                    self.in_flight += 1;
+                    let next = self.ring.next_avail();
+                    self.counters.next_avail.store(next, Ordering::Relaxed);
+                }
+                chain
+            }
+            Err(problem) => {
+                self.fail(&problem);
+                None
+            }
+        }
+    }
+
+    /// Whether there is a request to pop.
+    pub fn has_requests(&self) -> bool {
+        !self.broken
+            && self
+                .ring
+                .avail_idx(&self.memory, Ordering::Acquire)
+                .is_ok_and(|index| index.0 != self.ring.next_avail())
+    }
+
+    /// Answers the request with this [`Chain::head`], of whose writable part the first `written`
+    /// bytes were written.
+    pub fn add_used(&mut self, head: u16, written: u32) {
+        if self.broken {
+            return;
+        }
+        self.in_flight = self.in_flight.saturating_sub(1);
+        match self.ring.add_used(&self.memory, head, written) {
+            Ok(()) => {
+                self.unsignalled = true;
+                self.counters.requests.fetch_add(1, Ordering::Relaxed);
+                let next = self.ring.next_used();
+                self.counters.next_used.store(next, Ordering::Relaxed);
+            }
+            Err(error) => self.fail(&error.to_string()),
+        }
+    }
+
+    /// Tells the driver of answers since the last time, if it wants to hear of them.
+    pub fn signal(&mut self) {
+        if self.broken || !std::mem::take(&mut self.unsignalled) {
+            return;
+        }
+        match self.wants_interrupt() {
+            Ok(true) => {
+                self.counters.interrupts.fetch_add(1, Ordering::Relaxed);
+                self.interrupts.signal_queue(self.index);
+            }
+            Ok(false) => {}
+            Err(error) => self.fail(&error.to_string()),
+        }
+    }
+
+    /// Asks the driver not to kick: whoever serves the queue is looking anyway. It may do so
+    /// nevertheless.
+    pub fn disable_kicks(&mut self) {
+        if !self.broken
+            && let Err(error) = self.ring.disable_notification(&self.memory)
+        {
+            self.fail(&error.to_string());
+        }
+    }
+
+    /// Asks the driver to kick from the next request on. True if there is a request already, for
+    /// which no kick may come: pop it before waiting.
+    #[must_use]
+    pub fn enable_kicks(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        self.ring
+            .enable_notification(&self.memory)
+            .unwrap_or_else(|error| {
+                self.fail(&error.to_string());
+                false
+            })
+    }
+
+    /// Serves all requests there are: `answer` says how many bytes it wrote. For devices that
+    /// answer at once. Ends after as many requests as the rings have, so that a driver cannot hold
+    /// the thread for ever; true if there are more.
+    pub fn serve(&mut self, mut answer: impl FnMut(&GuestMemoryMmap, &Chain) -> u32) -> bool {
+        self.disable_kicks();
+        for _ in 0..self.size() {
+            let Some(chain) = self.pop() else { break };
+            let written = answer(&self.memory, &chain);
+            self.add_used(chain.head(), written);
+        }
+        self.signal();
+        self.enable_kicks()
+    }
+
+    fn next_chain(&mut self) -> Result<Option<Chain>, String> {
+        if !self.has_requests() {
+            return Ok(None);
+        }
+        // The iterator looks whether the driver's index is one it can have.
+        let mut chains = self.ring.iter(&self.memory).map_err(|e| e.to_string())?;
+        let chain = chains.next().ok_or("the available index went back")?;
+        if self.in_flight >= self.ring.size() {
+            return Err("more requests are available than there are descriptors".into());
+        }
+        collect(&self.memory, chain).map(Some)
+    }
+
+    fn wants_interrupt(&mut self) -> Result<bool, virtio_queue::Error> {
+        // A barrier between the used index and the driver's wish is in here.
+        let wanted = self.ring.needs_notification(&self.memory)?;
+        if self.ring.event_idx_enabled() {
+            return Ok(wanted);
+        }
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    fn fail(&mut self, problem: &str) {
+        tracing::warn!(target: "rhyve::virtio", "queue {}: {problem}", self.index);
+        self.broken = true;
+        self.interrupts.needs_reset();
+    }
+}
+
+/// What to wait for.
+impl AsFd for Virtqueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+}
+
+/// Reads a chain, once.
+fn collect(
+    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+) -> Result<Chain, String> {
+    let head = chain.head_index();
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut readable = 0;
+    let mut writing = false;
+    // virtio_queue ends a chain it cannot follow (a loop, a table in a table, a table of no whole
+    // descriptors, more bytes than 32 bits count) as if it were complete: it is not if its last
+    // descriptor, or the one that led into a table, says that there is more.
+    let mut complete = false;
+    for descriptor in chain {
+        complete = !descriptor.has_next();
+        match (writing, descriptor.is_write_only()) {
+            (true, false) => return Err("a readable descriptor follows a writable one".into()),
+            (_, now) => writing = now,
+        }
+        let segment = Segment {
+            address: descriptor.addr(),
+            len: descriptor.len(),
+        };
+        // Nothing to read or write: Linux's vhost passes over it as well.
+        if segment.len == 0 {
+            continue;
+        }
+        if !memory.check_range(segment.address, segment.len as usize) {
+            let (gpa, len) = (segment.address.0, segment.len);
+            return Err(format!("{len:#x} bytes at {gpa:#x} are not RAM"));
+        }
+        if segments.len() == MAX_SEGMENTS {
+            return Err(format!("a chain has more than {MAX_SEGMENTS} descriptors"));
+        }
+        segments.push(segment);
+        readable += usize::from(!writing);
+    }
+    if complete {
+        Ok(Chain::new(head, segments, readable))
+    } else {
+        Err("a chain of descriptors has no end".into())
+    }
+}
+
+#[cfg(test)]
+mod tests;
