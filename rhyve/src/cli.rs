@@ -24,7 +24,7 @@ Examples:
 Escape sequence:
   On a terminal (com1,stdio): Enter ~ . stops the VM, Enter ~ ^Z suspends rhyve,
   Enter ~ ? lists these, Enter ~ ~ sends one ~.
-  The terminal is set back whatever ends rhyve.
+  The terminal is set back whatever ends rhyve, but for KILL.
 
 Signals:
   TERM            presses the guest's power button; a second one stops the VM

@@ -162,6 +162,8 @@ fn see_through(
     let cause = wait(signals, &machine, &mut halt)?;
     capture(&machine, state);
     state.phase = cause.phase();
+    // The last store: it uses up the room that was set aside, and leaves none for another.
+    vm.reserve(0)?;
     vm.store(state)?;
     machine.seats.iter().for_each(|seat| seat.mailbox.quit());
     for thread in threads {

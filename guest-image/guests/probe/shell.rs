@@ -79,6 +79,11 @@ const COMMANDS: &[Command] = &[
         run: mem,
     },
     Command {
+        name: "touch",
+        help: "ADDRESS BYTES: write to every page there, which stays what it is",
+        run: touch,
+    },
+    Command {
         name: "cpuid",
         help: "[LEAF [SUBLEAF]]",
         run: cpuid,
@@ -232,6 +237,19 @@ fn mem(words: &mut Words) {
         }
         say!();
     }
+}
+
+fn touch(words: &mut Words) {
+    let (Some(address), Some(bytes)) = (words.number(), words.number()) else {
+        return say!("probe: touch FAILED (where, and how much?)");
+    };
+    for offset in (0..bytes).step_by(4096) {
+        let at = address.wrapping_add(offset);
+        if !memory::writable(at) {
+            return say!("probe: touch ", Hex(at), " FAILED (cannot be written)");
+        }
+    }
+    say!("probe: touch ", Hex(address), " ", Hex(bytes), " ok");
 }
 
 fn cpuid(words: &mut Words) {

@@ -118,10 +118,7 @@ impl Vcpu {
                     "the processor refused to enter the guest: {reason:#x}"
                 ));
             }
-            VmExit::OutOfMemory => self.ending.end(Cause::error(
-                "no room for guest memory: the file system that holds the VM is full; \
-                 free some room, then load and run it again",
-            )),
+            VmExit::OutOfMemory => self.out_of_memory(),
             VmExit::Debug { exception, pc } => {
                 self.give_up(format!("unexpected debug exception {exception} at {pc:#x}"));
             }
@@ -156,7 +153,18 @@ impl Vcpu {
         }
     }
 
+    fn out_of_memory(&self) {
+        self.ending.end(Cause::error(
+            "no room for guest memory: the file system that holds the VM is full; \
+             free some room, then load and run it again",
+        ));
+    }
+
     fn unclaimed_memory(&self, what: &str, gpa: u64, len: usize) {
+        // RAM without a page: KVM's emulator takes it for a device, where its fast path fails.
+        if self.ram.layout().offset_of(gpa, 1).is_some() {
+            return self.out_of_memory();
+        }
         tracing::debug!(target: "rhyve::mmio", "{what} of {len} bytes at {gpa:#x}: nobody there");
         if self.policy.strict_io {
             self.ending.end(Cause::error(format!(

@@ -69,7 +69,8 @@ impl LockedVm {
     }
 
     /// Sets room aside for later states of up to `bytes`, so that [`LockedVm::store`] succeeds even
-    /// when the file system has filled up in the meantime.
+    /// when the file system has filled up in the meantime. With 0 the next one uses what was set
+    /// aside, and nothing is set aside for another.
     ///
     /// # Errors
     ///

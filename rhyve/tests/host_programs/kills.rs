@@ -1,0 +1,122 @@
+//! `kill -9`, which nothing can prepare for.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use vmm_api::control::Client;
+use vmm_api::state::{Phase, StopReason};
+
+use crate::guests::{ENTRY, probe};
+use crate::support::Place;
+
+/// A random number that `RHYVE_TEST_SEED` repeats.
+fn seed() -> u64 {
+    let given = std::env::var("RHYVE_TEST_SEED").ok();
+    let seed = given.and_then(|text| text.parse().ok());
+    seed.unwrap_or_else(|| RandomState::new().build_hasher().finish())
+}
+
+#[test]
+fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
+    let place = Place::new();
+    let kernel = probe(&place);
+    let mut random = seed() | 1;
+    println!("RHYVE_TEST_SEED={random}");
+    let mut killed_while_running = 0;
+    for round in 0..20 {
+        place.load("-m 64M", &kernel);
+        let mut guest = place.start("-c 2");
+        // xorshift64
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let delay = Duration::from_micros(random % 400_000);
+        thread::sleep(delay);
+        guest.signal(Signal::SIGKILL);
+        let ended = guest.wait();
+        assert_eq!(ended.signal, Some(9), "round {round}, {delay:?}: {ended:?}");
+
+        let state = place.state();
+        match &state.phase {
+            Phase::Loaded => {}
+            Phase::Stopped {
+                reason: StopReason::Killed,
+                ..
+            } => killed_while_running += 1,
+            other => panic!("round {round}, {delay:?}: {other:?}"),
+        }
+        assert_eq!(place.vm().holder().unwrap(), None);
+        let mut code = [0; 16];
+        place
+            .vm()
+            .open_memory(&state)
+            .unwrap()
+            .read(ENTRY, &mut code)
+            .unwrap();
+        assert_ne!(code, [0; 16], "round {round}, {delay:?}");
+        if round % 5 == 0 {
+            // What a process sees of it.
+            assert!(place.ok("vmmctl --list").contains("guest0"));
+            assert!(
+                place
+                    .ok("vmmctl --vm=guest0 --get-rip")
+                    .starts_with("rip[0]\t0x")
+            );
+        }
+    }
+    assert!(killed_while_running > 0);
+
+    // The socket that the last one may have left is replaced.
+    place.load("-m 64M", &kernel);
+    let left = place.vm().path().join("control.sock");
+    if !left.exists() {
+        drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
+    }
+    let mut guest = place.start("-c 2");
+    guest.console.expect("probe> ");
+    Client::connect(&place.vm()).unwrap().status().unwrap();
+    guest.console.send("hlt");
+    assert_eq!(guest.wait().status, Some(2));
+    assert!(!left.exists());
+    place.ok("vmmctl --vm=guest0 --destroy");
+    assert!(!place.path("root").join("guest0").exists());
+}
+
+#[test]
+fn a_guest_killed_while_it_ran_says_so() {
+    let place = Place::new();
+    place.load("-m 64M", &probe(&place));
+    let mut guest = place.start("");
+    guest.console.expect("probe> ");
+    guest.signal(Signal::SIGKILL);
+    guest.wait();
+    let again = place.run("rhyve guest0");
+    assert_eq!(again.status, Some(4), "{again:?}");
+    assert!(
+        again
+            .errors
+            .contains("has ended (rhyve was killed): load it again"),
+        "{again:?}"
+    );
+    assert!(place.ok("vmmctl --list").contains("killed"));
+}
+
+#[test]
+fn rhyveload_killed_at_random_moments_can_be_repeated() {
+    let place = Place::new();
+    let kernel = probe(&place);
+    let line = format!("rhyveload -m 64M --kernel {} guest0", kernel.display());
+    for round in 0..10 {
+        let mut load = crate::support::Process::start(place.command(&line));
+        thread::sleep(Duration::from_micros(round * 700));
+        load.signal(Signal::SIGKILL);
+        load.wait();
+        // Half-made or not, it can be listed and loaded.
+        place.ok("vmmctl --list");
+        place.load("-m 64M", &kernel);
+        assert_eq!(place.state().phase, Phase::Loaded);
+    }
+}
