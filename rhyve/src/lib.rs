@@ -15,6 +15,7 @@ use vmm_api::state::StopReason;
 use crate::cli::Invocation;
 use crate::sequencer::{Cause, EXIT_ERROR};
 
+pub mod block;
 pub mod builder;
 pub mod bus;
 pub mod cli;

@@ -19,6 +19,7 @@ pub mod memory;
 pub mod name;
 pub mod regs;
 pub mod root;
+pub mod scatter;
 pub mod state;
 pub mod stats;
 pub mod topology;

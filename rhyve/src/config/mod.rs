@@ -13,12 +13,14 @@ use vmm_api::name::{NameError, VmName};
 
 use crate::console::ConsoleConf;
 
+mod block;
 mod builder;
 mod com;
 mod slot;
 mod topology;
 mod variable;
 
+pub use block::{AioEngine, BlockConfError, BlockSpec, ImageFormat};
 pub use builder::SpecBuilder;
 pub use com::{ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
 pub use slot::{PciAddress, SlotDevice, SlotError, SlotSpec, help as slot_help};

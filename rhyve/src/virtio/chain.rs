@@ -60,12 +60,12 @@ impl Chain {
     }
 
     /// Reads what the driver has written, from its beginning.
-    pub fn reader<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Reader<'a> {
+    pub fn reader<'c, 'm>(&'c self, memory: &'m GuestMemoryMmap) -> Reader<'c, 'm> {
         Reader(Cursor::new(memory, self.readable()))
     }
 
     /// Writes what the driver is to read, from its beginning.
-    pub fn writer<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Writer<'a> {
+    pub fn writer<'c, 'm>(&'c self, memory: &'m GuestMemoryMmap) -> Writer<'c, 'm> {
         Writer(Cursor::new(memory, self.writable()))
     }
 }
@@ -76,16 +76,16 @@ fn total(segments: &[Segment]) -> u32 {
 
 /// A place in segments.
 #[derive(Clone)]
-struct Cursor<'a> {
-    memory: &'a GuestMemoryMmap,
-    segments: &'a [Segment],
+struct Cursor<'c, 'm> {
+    memory: &'m GuestMemoryMmap,
+    segments: &'c [Segment],
     /// Bytes of the first segment that are done with.
     offset: u32,
     done: u32,
 }
 
-impl<'a> Cursor<'a> {
-    fn new(memory: &'a GuestMemoryMmap, segments: &'a [Segment]) -> Self {
+impl<'c, 'm> Cursor<'c, 'm> {
+    fn new(memory: &'m GuestMemoryMmap, segments: &'c [Segment]) -> Self {
         Self {
             memory,
             segments,
@@ -121,7 +121,7 @@ impl<'a> Cursor<'a> {
         self.done - before
     }
 
-    fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'a>> {
+    fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
         let mut slices = Vec::with_capacity(self.segments.len());
         let mut left = count;
         while let Some(piece) = self.step(left) {
@@ -136,9 +136,9 @@ impl<'a> Cursor<'a> {
 
 /// Reads a request. Running out of bytes is an end, not an error.
 #[derive(Clone)]
-pub struct Reader<'a>(Cursor<'a>);
+pub struct Reader<'c, 'm>(Cursor<'c, 'm>);
 
-impl<'a> Reader<'a> {
+impl<'m> Reader<'_, 'm> {
     /// Bytes that are left.
     pub fn remaining(&self) -> u32 {
         self.0.remaining()
@@ -177,16 +177,16 @@ impl<'a> Reader<'a> {
 
     /// The memory of the next `count` bytes, or of as many as there are: for writev(2) and the
     /// like. Passes over them.
-    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'a>> {
+    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
         self.0.slices(count)
     }
 }
 
 /// Writes an answer. Running out of room is an end, not an error.
 #[derive(Clone)]
-pub struct Writer<'a>(Cursor<'a>);
+pub struct Writer<'c, 'm>(Cursor<'c, 'm>);
 
-impl<'a> Writer<'a> {
+impl<'m> Writer<'_, 'm> {
     /// Bytes of room that are left.
     pub fn remaining(&self) -> u32 {
         self.0.remaining()
@@ -226,7 +226,7 @@ impl<'a> Writer<'a> {
 
     /// The memory of the next `count` bytes, or of as many as there are: for readv(2) and the like.
     /// Passes over them.
-    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'a>> {
+    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
         self.0.slices(count)
     }
 }

@@ -1,0 +1,137 @@
+//! qcow2 images, with backing files, through the `imago` crate.
+//!
+//! Every file of the chain is locked as a raw image is ([`super::raw`]): the image itself for its
+//! use, its backing files for reading.
+
+use std::io;
+use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use imago::file::File as Storage;
+use imago::format::builder::FormatDriverBuilder;
+use imago::format::gate::ImplicitOpenGate;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2 as Driver;
+use imago::{FormatAccess, StorageOpenOptions};
+use vm_memory::VolatileSlice;
+
+use super::raw::open_locked;
+use super::{Backend, BlockError, Extent, Info, SECTOR};
+use crate::config::BlockSpec;
+
+/// A qcow2 image.
+pub struct Qcow2 {
+    /// Held for writing while space is given back: imago may not be asked for anything else then.
+    image: RwLock<FormatAccess<Storage>>,
+    info: Info,
+}
+
+impl Qcow2 {
+    /// Opens and locks it, with whatever it is based on.
+    ///
+    /// # Errors
+    /// It is no image, or not this VM's; or one of the files under it is not to be had.
+    pub fn open(spec: &BlockSpec) -> Result<Self, BlockError> {
+        let path = &spec.path;
+        let read_only = spec.read_only || spec.snapshot;
+        let options = StorageOpenOptions::new()
+            .filename(path)
+            .write(!read_only)
+            .direct(spec.nocache);
+        let storage = open_storage(path, &options, spec.sync)?;
+        let image = Driver::<Storage>::builder(storage)
+            .write(!read_only)
+            .storage_open_options(options)
+            .open(LockedFiles { sync: spec.sync })
+            .map_err(BlockError::io("read", path))?;
+        let image = FormatAccess::new(image);
+        let (logical, physical) = spec.block_size.unwrap_or((SECTOR as u32, 4096));
+        let info = Info {
+            capacity: image.size() & !u64::from(logical - 1),
+            logical,
+            physical,
+            read_only: spec.read_only,
+            discard: !read_only && !spec.nodelete,
+        };
+        if info.capacity == 0 {
+            return Err(BlockError::Empty(path.clone()));
+        }
+        Ok(Self {
+            image: RwLock::new(image),
+            info,
+        })
+    }
+
+    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Storage>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for Qcow2 {
+    fn info(&self) -> Info {
+        self.info
+    }
+
+    fn read(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
+        // The guard keeps the memory mapped while the vector is in use.
+        let (vector, _guard) = IoVectorMut::from_volatile_slice(to);
+        self.image().readv(vector, offset)
+    }
+
+    fn write(&self, offset: u64, from: &[VolatileSlice<'_>], durable: bool) -> io::Result<()> {
+        let (vector, _guard) = IoVector::from_volatile_slice(from);
+        self.image().writev(vector, offset)?;
+        if durable { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let image = self.image();
+        // First from imago's caches to the file, then from the file to the disk.
+        image.flush()?;
+        image.sync()
+    }
+
+    fn discard(&self, extent: Extent) -> io::Result<()> {
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        image.discard_to_zero(extent.offset, extent.len)
+    }
+
+    fn write_zeroes(&self, extent: Extent, may_discard: bool) -> io::Result<()> {
+        if may_discard && self.info.discard {
+            return self.discard(extent);
+        }
+        self.image().write_zeroes(extent.offset, extent.len)
+    }
+}
+
+/// Opens the files that a qcow2 image names.
+#[derive(Clone, Copy, Debug)]
+struct LockedFiles {
+    sync: bool,
+}
+
+impl ImplicitOpenGate<Storage> for LockedFiles {
+    fn open_format<F: FormatDriverBuilder<Storage>>(
+        &mut self,
+        builder: F,
+    ) -> io::Result<FormatAccess<Storage>> {
+        Ok(FormatAccess::new(builder.open(*self)?))
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
+        let path = options.get_filename().map(Path::to_owned);
+        let path = path.ok_or(io::ErrorKind::InvalidFilename)?;
+        open_storage(&path, &options, self.sync).map_err(io::Error::other)
+    }
+}
+
+fn open_storage(
+    path: &Path,
+    options: &StorageOpenOptions,
+    sync: bool,
+) -> Result<Storage, BlockError> {
+    let (direct, read_only) = (options.get_direct(), !options.get_writable());
+    let image = open_locked(path, read_only, direct, sync)?;
+    let storage = Storage::from_open_file(image.file, options.clone());
+    storage.map_err(BlockError::io("open", path))
+}

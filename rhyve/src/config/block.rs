@@ -1,0 +1,235 @@
+//! A disk's configuration: the image's path, and options as bhyve(8) names them.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// How an image keeps a disk's sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AioEngine {
+    /// io_uring if this host has it, otherwise threads.
+    #[default]
+    Auto,
+    /// The queue's own thread, one request after the other.
+    Threads,
+    /// io_uring.
+    IoUring,
+}
+
+/// One disk image and how it is to be used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockSpec {
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// Its format, if it was said.
+    pub format: Option<ImageFormat>,
+    /// Go past the host's page cache (O_DIRECT).
+    pub nocache: bool,
+    /// Each write is on stable storage before it completes (O_DSYNC); bhyve's `direct` and `sync`.
+    pub sync: bool,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Logical and physical block size in bytes.
+    pub block_size: Option<(u32, u32)>,
+    /// What the guest reads as the disk's serial number: at most 20 bytes.
+    pub serial: Option<String>,
+    /// Offer no discard.
+    pub nodelete: bool,
+    /// Keep writes in memory, and forget them at the end.
+    pub snapshot: bool,
+    /// Who moves the bytes.
+    pub engine: AioEngine,
+}
+
+/// Why a disk's configuration is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BlockConfError {
+    /// No image.
+    #[error("a disk needs an image: write its path, as in virtio-blk,disk.img")]
+    NoPath,
+    /// Not an option.
+    #[error(
+        "a disk has no option '{0}': there are nocache direct sync ro sectorsize=L[/P] ser=TEXT \
+         nodelete snapshot format=raw|qcow2 aio=threads|io_uring"
+    )]
+    Unknown(String),
+    /// Not a block size.
+    #[error(
+        "'{0}' is no sector size: write LOGICAL or LOGICAL/PHYSICAL, powers of two from 512 to \
+         65536, the physical one not smaller"
+    )]
+    SectorSize(String),
+    /// Not a serial number.
+    #[error("serial number '{0}' is not 1 to 20 printable ASCII characters")]
+    Serial(String),
+    /// Not a format.
+    #[error("'{0}' is no image format: write raw or qcow2")]
+    Format(String),
+    /// Not an engine.
+    #[error("'{0}' moves no bytes: write threads or io_uring")]
+    Engine(String),
+}
+
+impl BlockSpec {
+    /// Takes one `name` or `name=value`; whether there is such an option.
+    ///
+    /// # Errors
+    /// The value cannot be.
+    pub fn option(&mut self, text: &str) -> Result<bool, BlockConfError> {
+        let (name, value) = match text.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (text, None),
+        };
+        match (name, value) {
+            ("nocache", None) => self.nocache = true,
+            ("direct" | "sync", None) => self.sync = true,
+            ("ro", None) => self.read_only = true,
+            ("nodelete", None) => self.nodelete = true,
+            ("snapshot", None) => self.snapshot = true,
+            ("sectorsize", Some(value)) => self.block_size = Some(block_size(value)?),
+            ("ser" | "serial", Some(value)) => self.serial = Some(serial(value)?),
+            ("format", Some(value)) => {
+                self.format = Some(match value {
+                    "raw" => ImageFormat::Raw,
+                    "qcow2" => ImageFormat::Qcow2,
+                    _ => return Err(BlockConfError::Format(value.to_owned())),
+                });
+            }
+            ("aio", Some(value)) => {
+                self.engine = match value {
+                    "threads" => AioEngine::Threads,
+                    "io_uring" => AioEngine::IoUring,
+                    _ => return Err(BlockConfError::Engine(value.to_owned())),
+                };
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// What was said, or what the name says. What is in the image is not asked: a guest can write
+    /// anything there.
+    pub fn format(&self) -> ImageFormat {
+        let named = |path: &Path| path.extension().is_some_and(|end| end == "qcow2");
+        self.format.unwrap_or(if named(&self.path) {
+            ImageFormat::Qcow2
+        } else {
+            ImageFormat::Raw
+        })
+    }
+}
+
+impl FromStr for BlockSpec {
+    type Err = BlockConfError;
+
+    /// Reads `PATH[,option]...`.
+    fn from_str(text: &str) -> Result<Self, BlockConfError> {
+        let mut words = text.split(',');
+        let path = words.next().filter(|path| !path.is_empty());
+        let mut spec = Self {
+            path: path.ok_or(BlockConfError::NoPath)?.into(),
+            ..Self::default()
+        };
+        for word in words {
+            if !spec.option(word)? {
+                return Err(BlockConfError::Unknown(word.to_owned()));
+            }
+        }
+        Ok(spec)
+    }
+}
+
+fn block_size(text: &str) -> Result<(u32, u32), BlockConfError> {
+    let (logical, physical) = text.split_once('/').unwrap_or((text, text));
+    let size = |text: &str| {
+        let size = text.parse().ok();
+        size.filter(|size: &u32| size.is_power_of_two() && (512..=65536).contains(size))
+    };
+    match (size(logical), size(physical)) {
+        (Some(logical), Some(physical)) if logical <= physical => Ok((logical, physical)),
+        _ => Err(BlockConfError::SectorSize(text.to_owned())),
+    }
+}
+
+fn serial(text: &str) -> Result<String, BlockConfError> {
+    let printable = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+    if (1..=20).contains(&text.len()) && text.bytes().all(printable) {
+        Ok(text.to_owned())
+    } else {
+        Err(BlockConfError::Serial(text.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_option_is_read() {
+        let spec: BlockSpec = "disk.img,nocache,direct,ro,sectorsize=512/4096,ser=S1,nodelete,\
+                               snapshot,format=qcow2,aio=io_uring"
+            .parse()
+            .unwrap();
+        let wanted = BlockSpec {
+            path: "disk.img".into(),
+            format: Some(ImageFormat::Qcow2),
+            nocache: true,
+            sync: true,
+            read_only: true,
+            block_size: Some((512, 4096)),
+            serial: Some("S1".into()),
+            nodelete: true,
+            snapshot: true,
+            engine: AioEngine::IoUring,
+        };
+        assert_eq!(spec, wanted);
+        let plain: BlockSpec = "a.qcow2,sync,aio=threads".parse().unwrap();
+        assert_eq!(plain.format(), ImageFormat::Qcow2);
+        assert!(plain.sync && plain.engine == AioEngine::Threads);
+        let raw: BlockSpec = "a.qcow2,format=raw".parse().unwrap();
+        assert_eq!(raw.format(), ImageFormat::Raw);
+        assert_eq!(
+            "disk".parse::<BlockSpec>().unwrap().format(),
+            ImageFormat::Raw
+        );
+    }
+
+    #[test]
+    fn each_mistake_is_named() {
+        let err = |text: &str| text.parse::<BlockSpec>().unwrap_err();
+        assert_eq!(err(""), BlockConfError::NoPath);
+        assert_eq!(err(",ro"), BlockConfError::NoPath);
+        assert_eq!(err("a,rw"), BlockConfError::Unknown("rw".into()));
+        assert_eq!(err("a,ro=1"), BlockConfError::Unknown("ro=1".into()));
+        for size in ["", "0", "513", "256", "131072", "4096/512", "512/", "x"] {
+            let text = format!("a,sectorsize={size}");
+            assert_eq!(err(&text), BlockConfError::SectorSize(size.into()));
+        }
+        let long = "x".repeat(21);
+        for text in ["", "é", long.as_str()] {
+            assert_eq!(
+                err(&format!("a,ser={text}")),
+                BlockConfError::Serial(text.into())
+            );
+        }
+        assert_eq!(err("a,format=vmdk"), BlockConfError::Format("vmdk".into()));
+        assert_eq!(err("a,aio=magic"), BlockConfError::Engine("magic".into()));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_answered(text in "[a-z0-9=,/]{0,40}") {
+            if let Ok(spec) = text.parse::<BlockSpec>() {
+                proptest::prop_assert!(!spec.path.as_os_str().is_empty());
+            }
+        }
+    }
+}
