@@ -345,6 +345,20 @@ mod tests {
     }
 
     #[test]
+    fn a_devices_numbers_survive_to_the_last_bit() {
+        let mut state = sample();
+        let data = serde_json::json!([1.0715660391465826e-75, -1.603964615428183e143, u64::MAX]);
+        let device = DeviceState {
+            kind: "clock".into(),
+            version: 1,
+            data,
+        };
+        state.devices.insert("clock".into(), device);
+        let text = state.to_json().unwrap();
+        assert_eq!(VmState::from_json(&text).unwrap(), state);
+    }
+
+    #[test]
     fn a_newer_version_is_refused_by_its_number() {
         let text = br#"{"format":"rhyve-vm","version":3,"shape":"unknown"}"#;
         let error = VmState::from_json(text).unwrap_err();
