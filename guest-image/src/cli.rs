@@ -40,6 +40,8 @@ pub enum Profile {
     Linux,
     /// The nested lane's host: QEMU, Debian's ordinary kernel, KVM
     Lane,
+    /// Programs of Debian's that tests compare with: makefs
+    Tools,
 }
 
 impl Profile {
@@ -50,6 +52,7 @@ impl Profile {
             Profile::Probe => "probe",
             Profile::Linux => "linux",
             Profile::Lane => "lane",
+            Profile::Tools => "tools",
         }
     }
 }

@@ -38,6 +38,8 @@ pub enum Role {
     Initrd,
     /// A QEMU that can run the image.
     Qemu,
+    /// NetBSD's makefs, which writes FreeBSD's UFS.
+    Makefs,
 }
 
 impl Role {
@@ -49,6 +51,7 @@ impl Role {
             Role::BzImage => "bzimage",
             Role::Initrd => "initrd",
             Role::Qemu => "qemu",
+            Role::Makefs => "makefs",
         }
     }
 }

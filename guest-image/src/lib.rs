@@ -6,6 +6,7 @@
 //! - [`probe`]: our own freestanding kernel, which runs on any KVM.
 //! - [`linux`]: Debian's kernels with an initramfs of ours, for guests and for the nested lane.
 //!   Files come out of packages by [`debian`]; [`vmlinux`], [`modules`] and [`cpio`] make them fit.
+//! - [`tools`]: programs of Debian's that tests compare our own code with.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod linux;
 pub mod modules;
 pub mod probe;
 pub mod progress;
+pub mod tools;
 pub mod vmlinux;
 
 pub use image::{Artifact, Image, Role};
@@ -34,6 +36,9 @@ pub enum Error {
     /// A Linux image could not be made.
     #[error("linux")]
     Linux(#[from] linux::Error),
+    /// A tool could not be had.
+    #[error("tools")]
+    Tools(#[from] tools::Error),
 }
 
 /// Makes the image of `profile` in the directory `out`, which is created if it is missing. `cache` is
@@ -47,5 +52,6 @@ pub fn make(profile: Profile, out: &Path, cache: &Path) -> Result<Image, Error> 
         Profile::Probe => Ok(probe::make(out)?),
         Profile::Linux => Ok(linux::make(&linux::GUEST, out, cache)?),
         Profile::Lane => Ok(linux::make(&linux::LANE, out, cache)?),
+        Profile::Tools => Ok(tools::make(cache)?),
     }
 }

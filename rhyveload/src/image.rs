@@ -193,6 +193,7 @@ fn read(mut from: impl Read, bytes: &mut Vec<u8>) -> io::Result<usize> {
 /// How many of the decompressed bytes are loaded, by the headers.
 fn extent(head: &[u8], kind: Compression) -> Result<u64, ImageError> {
     /// The bytes behind the headers, not yet known.
+    #[derive(Debug)]
     struct Unread;
     impl Source for Unread {
         fn size(&self) -> u64 {

@@ -12,7 +12,7 @@ use crate::{TaskResult, project};
 /// Make a guest image below target/guest-image/ and print the paths of its files
 #[derive(Debug, Args)]
 pub struct GuestImage {
-    /// What to make: probe, linux or lane (see `guest-image --help`)
+    /// What to make: probe, linux, lane or tools (see `guest-image --help`)
     #[arg(default_value = "probe")]
     profile: String,
     /// Print what was made as one JSON object

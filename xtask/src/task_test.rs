@@ -19,7 +19,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
-use crate::{TaskResult, project};
+use crate::{TaskResult, project, task_guest_image};
 
 /// Run every check: format, lints, documentation, unit tests, both lanes, the demo
 ///
@@ -79,6 +79,7 @@ impl Test {
             passed: 0,
             failures: Vec::new(),
             programs: None,
+            makefs: None,
         };
         for &step in Step::value_variants() {
             if self.steps.is_empty() || self.steps.contains(&step) {
@@ -113,6 +114,8 @@ struct Run {
     failures: Vec<String>,
     /// The test programs, once they are built.
     programs: Option<Vec<Program>>,
+    /// Debian's makefs, for tests of file systems: they find it in $MAKEFS.
+    makefs: Option<PathBuf>,
 }
 
 impl Run {
@@ -138,7 +141,11 @@ impl Run {
                 let examples = cargo(["test", "--quiet", "--workspace", "--doc"]);
                 self.check("examples in the documentation", examples)
             }
-            Step::Unit => self.programs(Lane::Any),
+            Step::Unit => {
+                let tools = task_guest_image::make("tools")?;
+                self.makefs = Some(tools.path("makefs")?.to_owned());
+                self.programs(Lane::Any)
+            }
             Step::Fuzz => {
                 let mut fuzz = Command::new(&self.xtask);
                 fuzz.args(["fuzz", "--seconds", "5"]);
@@ -194,7 +201,8 @@ impl Run {
             .arg(&program.executable)
             .arg("--include-ignored")
             .current_dir(&program.package)
-            .env("CARGO_MANIFEST_DIR", &program.package);
+            .env("CARGO_MANIFEST_DIR", &program.package)
+            .envs(self.makefs.iter().map(|makefs| ("MAKEFS", makefs)));
         command
     }
 

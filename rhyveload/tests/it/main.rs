@@ -1,5 +1,7 @@
-//! Loads made-up kernels, as plans and as a process.
+//! Loads made-up kernels, as plans and as a process, and reads file systems.
 
+#[cfg(test)]
+mod disks;
 #[cfg(test)]
 mod elf;
 #[cfg(test)]
