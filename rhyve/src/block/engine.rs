@@ -5,6 +5,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Backend, Channel, Operation, Request, Token};
+use crate::config::AioEngine;
+
+/// This thread's way to `backend`.
+pub fn channel<'m>(backend: Arc<dyn Backend>, _engine: AioEngine) -> Box<dyn Channel<'m> + 'm> {
+    Box::new(Inline::new(backend))
+}
 
 /// Serves each request on the caller's thread before `submit` returns.
 pub struct Inline {

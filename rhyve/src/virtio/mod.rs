@@ -11,6 +11,7 @@
 //!
 //! Section numbers are of "Virtual I/O Device (VIRTIO) Version 1.3" (OASIS).
 
+pub mod blk;
 mod chain;
 mod device;
 mod queue;

@@ -1,0 +1,226 @@
+//! The device: configuration, and a worker for each queue its driver has set up.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use uuid::Uuid;
+
+use super::config::{self, feature};
+use super::worker::{Work, Worker};
+use crate::block::{Backend, Info};
+use crate::config::BlockSpec;
+use crate::virtio::{Activation, DeviceError, QueueReset, VirtioDevice, Virtqueue, device_id};
+use crate::virtio::{Interrupts, feature as common};
+
+/// Bytes of a disk's serial number, padded with NULs.
+pub(super) const ID_LEN: usize = 20;
+
+/// What a disk has done, for whoever looks from outside.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Reads that succeeded.
+    pub reads: AtomicU64,
+    /// Bytes of them.
+    pub bytes_read: AtomicU64,
+    /// Writes that succeeded.
+    pub writes: AtomicU64,
+    /// Bytes of them.
+    pub bytes_written: AtomicU64,
+    /// Flushes that succeeded.
+    pub flushes: AtomicU64,
+    /// Discards and write-zeroes that succeeded.
+    pub discards: AtomicU64,
+    /// Requests the host could not serve.
+    pub host_errors: AtomicU64,
+    /// Requests that were none, or asked for what is not there.
+    pub bad_requests: AtomicU64,
+}
+
+/// What the device and its workers share.
+pub(super) struct Shared {
+    pub backend: Arc<dyn Backend>,
+    pub id: [u8; ID_LEN],
+    /// What the log calls it.
+    pub label: String,
+    /// Writes may complete before they are stable (5.2.6.2).
+    pub writeback: AtomicBool,
+    /// The driver is a legacy one.
+    pub legacy: AtomicBool,
+    pub counters: Counters,
+}
+
+/// A disk.
+pub struct Blk {
+    shared: Arc<Shared>,
+    spec: BlockSpec,
+    queue_sizes: Vec<u16>,
+    generation: AtomicU8,
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    workers: Vec<Worker>,
+    interrupts: Option<Arc<dyn Interrupts>>,
+}
+
+impl Blk {
+    /// A disk whose sectors are in `backend`, with this many queues.
+    pub fn new(spec: &BlockSpec, backend: Arc<dyn Backend>, queues: u16) -> Arc<Self> {
+        Arc::new(Self {
+            shared: Arc::new(Shared {
+                backend,
+                id: id(spec),
+                label: spec.path.display().to_string(),
+                writeback: AtomicBool::new(true),
+                legacy: AtomicBool::new(false),
+                counters: Counters::default(),
+            }),
+            spec: spec.clone(),
+            queue_sizes: vec![config::QUEUE_SIZE; queues.into()],
+            generation: AtomicU8::new(0),
+            running: Mutex::default(),
+        })
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// What the disk is.
+    pub fn info(&self) -> Info {
+        self.shared.backend.info()
+    }
+
+    /// Tells the driver that the disk's size has changed.
+    pub fn resized(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if let Some(interrupts) = &self.running().interrupts {
+            interrupts.signal_config();
+        }
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn queues(&self) -> u16 {
+        u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX)
+    }
+
+    fn start(&self, running: &mut Running, queue: Virtqueue) -> Result<(), DeviceError> {
+        let Some(interrupts) = running.interrupts.clone() else {
+            return Ok(());
+        };
+        let work = Work {
+            shared: self.shared.clone(),
+            engine: self.spec.engine,
+            queue,
+            interrupts,
+        };
+        let worker = Worker::start(work).map_err(|source| DeviceError {
+            action: "start a disk's thread",
+            source,
+        })?;
+        running.workers.push(worker);
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn name(&self) -> &'static str {
+        "virtio-blk"
+    }
+
+    fn id(&self) -> u16 {
+        device_id::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.info(), self.queues())
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config_read(&self, offset: usize, data: &mut [u8]) {
+        let writeback = self.shared.writeback.load(Ordering::SeqCst);
+        let space = config::space(&self.info(), self.queues(), writeback);
+        for (to, from) in data.iter_mut().zip(space.iter().skip(offset)) {
+            *to = *from;
+        }
+    }
+
+    fn config_write(&self, offset: usize, data: &[u8]) {
+        let byte = config::WRITEBACK.checked_sub(offset);
+        if let Some(byte) = byte.and_then(|at| data.get(at)) {
+            self.shared.writeback.store(byte & 1 != 0, Ordering::SeqCst);
+        }
+    }
+
+    fn config_generation(&self) -> u8 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
+        // Without FLUSH nobody would ask for what was written to be made stable. A driver that has
+        // CONFIG_WCE as well may say otherwise later (5.2.5.1, 5.2.6.2).
+        if !activation.has(feature::FLUSH) {
+            self.shared.writeback.store(false, Ordering::SeqCst);
+        }
+        let legacy = !activation.has(common::VERSION_1);
+        self.shared.legacy.store(legacy, Ordering::SeqCst);
+        let mut running = self.running();
+        running.interrupts = Some(activation.interrupts);
+        for queue in activation.queues {
+            if let Err(error) = self.start(&mut running, queue) {
+                *running = Running::default();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&self) {
+        // Each worker's drop waits for what it has under way.
+        let running = std::mem::take(&mut *self.running());
+        drop(running);
+        self.shared.writeback.store(true, Ordering::SeqCst);
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
+    }
+}
+
+impl QueueReset for Blk {
+    fn stop_queue(&self, index: u16) {
+        let mut running = self.running();
+        let stopped = running
+            .workers
+            .extract_if(.., |worker| worker.queue() == index);
+        stopped.for_each(drop);
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        self.start(&mut self.running(), queue)
+    }
+}
+
+/// The serial number that was given, or one that is the image's path's: the same at every start, and
+/// another for each disk.
+fn id(spec: &BlockSpec) -> [u8; ID_LEN] {
+    let text = spec.serial.clone().unwrap_or_else(|| {
+        let path = std::path::absolute(&spec.path).unwrap_or_else(|_| spec.path.clone());
+        let uuid = Uuid::new_v5(&Uuid::NAMESPACE_URL, path.as_os_str().as_encoded_bytes());
+        let [a, b, c, d, e, f, ..] = uuid.into_bytes();
+        format!("RHYVE-{a:02X}{b:02X}-{c:02X}{d:02X}-{e:02X}{f:02X}")
+    });
+    let mut id = [0; ID_LEN];
+    for (to, from) in id.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    id
+}

@@ -1,0 +1,678 @@
+//! The device against a driver without a guest: what it answers, and what it leaves alone.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+
+use super::config::{feature, space};
+use super::device::Blk;
+use super::{MAX_DISCARD_SECTORS, QUEUE_SIZE};
+use crate::block::{self, Backend, Extent, Info};
+use crate::config::BlockSpec;
+use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor, Sent};
+use crate::virtio::{VirtioDevice, feature as common};
+
+const SIZE: usize = 1 << 18;
+const SECTORS: u64 = SIZE as u64 / 512;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+const BARRIER: u32 = 1 << 31;
+
+/// A disk in a temporary file, its driver, and the device between them.
+struct Rig {
+    dir: TempDir,
+    device: Arc<Blk>,
+    driver: GuestDriver,
+    interrupts: Arc<FakeInterrupts>,
+}
+
+impl Rig {
+    fn new(options: &str) -> Self {
+        Self::with_features(options, common::VERSION_1 | u64::MAX >> 40)
+    }
+
+    fn with_features(options: &str, features: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(SIZE as u64).unwrap();
+        let spec: BlockSpec = format!("{}{options}", path.display()).parse().unwrap();
+        let backend = block::open(&spec).unwrap();
+        Self::of(dir, &spec, backend, features)
+    }
+
+    fn of(dir: TempDir, spec: &BlockSpec, backend: Arc<dyn Backend>, features: u64) -> Self {
+        let device = Blk::new(spec, backend, 1);
+        let driver = GuestDriver::new(QUEUE_SIZE);
+        let interrupts = FakeInterrupts::new();
+        let offered = device.features() | common::VERSION_1;
+        let activation = driver.activation(features & offered, interrupts.clone());
+        device.activate(activation).unwrap();
+        Self {
+            dir,
+            device,
+            driver,
+            interrupts,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("disk")
+    }
+
+    fn content(&self) -> Vec<u8> {
+        fs::read(self.path()).unwrap()
+    }
+
+    /// Sends it, and gives back the bytes that were written and the status.
+    fn ask(&mut self, kind: u32, sector: u64, out: &[u8], room: u32) -> (Vec<u8>, u8) {
+        let mut buffers = vec![Buffer::Readable(header(kind, sector))];
+        if !out.is_empty() {
+            buffers.push(Buffer::Readable(out.to_vec()));
+        }
+        if room > 0 {
+            buffers.push(Buffer::Writable(room));
+        }
+        buffers.push(Buffer::Writable(1));
+        let sent = self.driver.send(&buffers);
+        self.settle(&sent)
+    }
+
+    fn settle(&mut self, sent: &Sent) -> (Vec<u8>, u8) {
+        self.driver.kick();
+        let (head, written) = self.driver.wait_used();
+        assert_eq!(head, sent.head);
+        let mut received = self.driver.received(sent);
+        assert_eq!(written as usize, received.len());
+        let status = received.pop().unwrap();
+        (received, status)
+    }
+}
+
+fn header(kind: u32, sector: u64) -> Vec<u8> {
+    let mut header = kind.to_le_bytes().to_vec();
+    header.extend([0xee; 4]); // priority: nobody's
+    header.extend(sector.to_le_bytes());
+    header
+}
+
+fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    let mut segment = sector.to_le_bytes().to_vec();
+    segment.extend(count.to_le_bytes());
+    segment.extend(flags.to_le_bytes());
+    segment
+}
+
+#[test]
+fn every_request_does_what_it_says() {
+    let mut rig = Rig::new(",ser=THE-DISK");
+    let data: Vec<u8> = (0..1536).map(|i| (i % 251) as u8).collect();
+    assert_eq!(rig.ask(OUT, 3, &data, 0), (vec![], OK));
+    assert_eq!(rig.ask(FLUSH, 0, &[], 0), (vec![], OK));
+    assert_eq!(rig.content()[1536..3072], data);
+    assert_eq!(rig.ask(IN, 3, &[], 1536), (data.clone(), OK));
+    let zeroes = segment(4, 1, 1);
+    assert_eq!(rig.ask(WRITE_ZEROES, 0, &zeroes, 0), (vec![], OK));
+    assert_eq!(rig.content()[2048..2560], [0; 512]);
+    let two = [segment(3, 1, 0), segment(5, 1, 0)].concat();
+    assert_eq!(rig.ask(DISCARD, 0, &two, 0), (vec![], OK));
+    assert!(rig.content().iter().all(|byte| *byte == 0));
+    let (id, status) = rig.ask(GET_ID, 0, &[], 20);
+    assert_eq!(
+        (id.as_slice(), status),
+        (&b"THE-DISK\0\0\0\0\0\0\0\0\0\0\0\0"[..], OK)
+    );
+    assert_eq!(rig.ask(GET_ID, 0, &[], 3), (b"THE".to_vec(), OK));
+    let counters = rig.device.counters();
+    let counts = [
+        &counters.reads,
+        &counters.writes,
+        &counters.flushes,
+        &counters.discards,
+    ];
+    assert_eq!(counts.map(|counter| counter.load(Relaxed)), [1, 1, 1, 2]);
+    assert_eq!(counters.bytes_read.load(Relaxed), 1536);
+    assert_eq!(counters.bad_requests.load(Relaxed), 0);
+    assert!(!rig.interrupts.queues().is_empty());
+}
+
+#[test]
+fn what_is_not_possible_is_an_error_of_the_request() {
+    let mut rig = Rig::new("");
+    for (kind, sector, out, room, expected) in [
+        (IN, SECTORS, 0, 512, IOERR),         // behind the end
+        (IN, SECTORS - 1, 0, 1024, IOERR),    // across the end
+        (IN, u64::MAX, 0, 512, IOERR),        // overflows
+        (IN, u64::MAX / 512, 0, 1024, IOERR), // overflows with its length
+        (IN, 0, 0, 511, IOERR),               // no whole sectors
+        (OUT, 0, 513, 0, IOERR),
+        (OUT, SECTORS, 512, 0, IOERR),
+        (IN, 0, 0, 0, OK),                 // nothing at all
+        (2, 0, 0, 0, UNSUPP),              // SCSI command
+        (14, 0, 16, 0, UNSUPP),            // secure erase is not offered
+        (IN | BARRIER, 0, 0, 512, UNSUPP), // a legacy driver's flag
+        (u32::MAX, 0, 0, 512, UNSUPP),
+        (DISCARD, 0, 0, 0, IOERR),
+        (DISCARD, 0, 15, 0, IOERR),
+        (WRITE_ZEROES, 0, 32, 0, IOERR), // one segment at a time
+    ] {
+        let (_, status) = rig.ask(kind, sector, &vec![0; out], room);
+        assert_eq!(
+            status, expected,
+            "{kind:#x} at {sector:#x}: {out} out, {room} in"
+        );
+    }
+    for (kind, segment, expected) in [
+        (DISCARD, segment(0, 1, 1), UNSUPP), // unmap is write-zeroes' flag
+        (DISCARD, segment(0, 1, 2), UNSUPP),
+        (DISCARD, segment(0, MAX_DISCARD_SECTORS + 1, 0), IOERR),
+        (DISCARD, segment(SECTORS - 1, 2, 0), IOERR),
+        (WRITE_ZEROES, segment(0, 1, 4), UNSUPP),
+        (WRITE_ZEROES, segment(0, u32::MAX, 0), IOERR),
+        (WRITE_ZEROES, segment(u64::MAX, 1, 0), IOERR),
+        (WRITE_ZEROES, segment(0, 0, 0), OK),
+    ] {
+        assert_eq!(
+            rig.ask(kind, 0, &segment, 0).1,
+            expected,
+            "{kind} {segment:x?}"
+        );
+    }
+    assert_eq!(rig.device.counters().host_errors.load(Relaxed), 0);
+    assert!(!rig.interrupts.needs_reset_is_set());
+}
+
+#[test]
+fn a_chain_without_a_status_is_dropped_and_counted() {
+    let mut rig = Rig::new("");
+    rig.driver.send(&[
+        Buffer::Readable(header(OUT, 0)),
+        Buffer::Readable(vec![1; 512]),
+    ]);
+    rig.driver.kick();
+    assert_eq!(rig.driver.wait_used().1, 0);
+    // A header that is cut has one: the last byte.
+    let sent = rig
+        .driver
+        .send(&[Buffer::Readable(vec![0; 15]), Buffer::Writable(9)]);
+    assert_eq!(rig.settle(&sent), (vec![0xaa; 8], IOERR));
+    let sent = rig.driver.send(&[Buffer::Writable(1)]);
+    assert_eq!(rig.settle(&sent), (vec![], IOERR));
+    assert_eq!(rig.device.counters().bad_requests.load(Relaxed), 3);
+    assert!(rig.content().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let mut rig = Rig::new(",ro");
+    assert_eq!(rig.device.features() & feature::RO, feature::RO);
+    assert_eq!(rig.ask(OUT, 0, &[1; 512], 0).1, IOERR);
+    assert_eq!(rig.ask(WRITE_ZEROES, 0, &segment(0, 1, 0), 0).1, IOERR);
+    assert_eq!(rig.ask(DISCARD, 0, &segment(0, 1, 0), 0).1, UNSUPP);
+    assert_eq!(rig.ask(IN, 0, &[], 512), (vec![0; 512], OK));
+    assert_eq!(rig.ask(FLUSH, 0, &[], 0).1, OK);
+}
+
+#[test]
+fn a_legacy_driver_of_2012_has_its_barriers_and_no_flushes() {
+    // The seed's: SEG_MAX alone.
+    let mut rig = Rig::with_features("", feature::SEG_MAX);
+    let mut byte = [9];
+    rig.device.config_read(32, &mut byte);
+    assert_eq!(byte, [0], "without flushes each write is stable");
+    assert_eq!(rig.ask(OUT | BARRIER, 1, &[5; 512], 0).1, OK);
+    assert_eq!(rig.ask(IN | BARRIER, 1, &[], 512), (vec![5; 512], OK));
+    assert_eq!(rig.ask(5, 0, &[], 0).1, OK);
+}
+
+#[test]
+fn an_error_of_the_host_is_one_of_the_guest() {
+    let mut rig = Rig::new("");
+    File::options()
+        .write(true)
+        .open(rig.path())
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    assert_eq!(rig.ask(IN, 0, &[], 4096), (vec![0; 4096], OK));
+    assert_eq!(rig.ask(IN, 8, &[], 512).1, IOERR);
+    assert_eq!(rig.device.counters().host_errors.load(Relaxed), 1);
+    assert_eq!(rig.ask(IN, 7, &[], 512).1, OK, "the disk lives");
+}
+
+/// Keeps what it is asked, and fails what it is told to fail.
+struct Recorder {
+    calls: Mutex<Vec<String>>,
+    fail: Option<i32>,
+}
+
+impl Recorder {
+    fn call(&self, text: String) -> io::Result<()> {
+        self.calls.lock().unwrap().push(text);
+        self.fail
+            .map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+}
+
+impl Backend for Recorder {
+    fn info(&self) -> Info {
+        Info {
+            capacity: SIZE as u64,
+            logical: 512,
+            physical: 512,
+            read_only: false,
+            discard: true,
+        }
+    }
+
+    fn read(&self, offset: u64, _to: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.call(format!("read {offset}"))
+    }
+
+    fn write(&self, offset: u64, _: &[VolatileSlice<'_>], durable: bool) -> io::Result<()> {
+        self.call(format!(
+            "write {offset}{}",
+            if durable { " durably" } else { "" }
+        ))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.call("flush".into())
+    }
+
+    fn discard(&self, extent: Extent) -> io::Result<()> {
+        self.call(format!("discard {}+{}", extent.offset, extent.len))
+    }
+
+    fn write_zeroes(&self, extent: Extent, may_discard: bool) -> io::Result<()> {
+        self.call(format!(
+            "zero {}+{} {may_discard}",
+            extent.offset, extent.len
+        ))
+    }
+}
+
+fn recording(fail: Option<i32>, features: u64) -> (Rig, Arc<Recorder>) {
+    let recorder = Arc::new(Recorder {
+        calls: Mutex::default(),
+        fail,
+    });
+    let spec: BlockSpec = "disk".parse().unwrap();
+    let rig = Rig::of(
+        tempfile::tempdir().unwrap(),
+        &spec,
+        recorder.clone(),
+        features,
+    );
+    (rig, recorder)
+}
+
+#[test]
+fn a_full_disk_and_a_broken_one_are_io_errors_for_every_change() {
+    use nix::libc::{EIO, ENOSPC};
+    for errno in [EIO, ENOSPC] {
+        let (mut rig, _) = recording(Some(errno), u64::MAX);
+        assert_eq!(rig.ask(OUT, 0, &[1; 512], 0).1, IOERR);
+        assert_eq!(rig.ask(IN, 0, &[], 512).1, IOERR);
+        assert_eq!(rig.ask(FLUSH, 0, &[], 0).1, IOERR);
+        assert_eq!(rig.ask(DISCARD, 0, &segment(0, 1, 0), 0).1, IOERR);
+        assert_eq!(rig.ask(WRITE_ZEROES, 0, &segment(0, 1, 0), 0).1, IOERR);
+        assert_eq!(rig.device.counters().host_errors.load(Relaxed), 5);
+        assert!(!rig.interrupts.needs_reset_is_set());
+    }
+}
+
+#[test]
+fn writes_are_durable_when_nobody_flushes() {
+    let changes = |rig: &mut Rig| {
+        rig.ask(OUT, 1, &[1; 512], 0);
+        rig.ask(WRITE_ZEROES, 0, &segment(2, 1, 1), 0);
+    };
+    let (mut rig, recorder) = recording(None, u64::MAX);
+    changes(&mut rig);
+    // The driver turns the cache off, and on again.
+    rig.device.config_write(32, &[0]);
+    changes(&mut rig);
+    rig.device.config_write(30, &[0xff; 4]);
+    changes(&mut rig);
+    let plain = ["write 512", "zero 1024+512 true"].map(String::from);
+    let durable = ["write 512 durably", "zero 1024+512 true", "flush"].map(String::from);
+    let expected = [&plain[..], &durable, &plain].concat();
+    assert_eq!(*recorder.calls.lock().unwrap(), expected);
+
+    let (mut rig, recorder) = recording(None, !feature::FLUSH);
+    changes(&mut rig);
+    assert_eq!(*recorder.calls.lock().unwrap(), durable);
+}
+
+#[test]
+fn a_reset_ends_the_work_and_a_driver_may_begin_again() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.ask(OUT, 0, &[1; 512], 0).1, OK);
+    rig.device.reset();
+    rig.device.reset();
+    rig.driver
+        .send(&[Buffer::Readable(header(IN, 0)), Buffer::Writable(513)]);
+    rig.driver.kick();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(
+        rig.driver.used(),
+        None,
+        "a device that was reset answers nothing"
+    );
+    rig.driver = GuestDriver::new(QUEUE_SIZE);
+    // What is there before activation is found without a kick.
+    let sent = rig
+        .driver
+        .send(&[Buffer::Readable(header(IN, 0)), Buffer::Writable(513)]);
+    let activation = rig
+        .driver
+        .activation(common::VERSION_1, rig.interrupts.clone());
+    rig.device.activate(activation).unwrap();
+    rig.driver.wait_used();
+    assert_eq!(rig.driver.received(&sent)[..512], [1; 512]);
+}
+
+#[test]
+fn single_queues_stop_and_start() {
+    let mut rig = Rig::new("");
+    let queues = rig.device.queue_reset().unwrap();
+    queues.stop_queue(7);
+    queues.stop_queue(0);
+    rig.driver = GuestDriver::new(QUEUE_SIZE);
+    let queue = rig.driver.virtqueue(0, rig.interrupts.clone());
+    queues.start_queue(queue).unwrap();
+    assert_eq!(rig.ask(IN, 0, &[], 512).1, OK);
+}
+
+#[test]
+fn queues_work_side_by_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(SIZE as u64).unwrap();
+    let spec: BlockSpec = path.display().to_string().parse().unwrap();
+    let device = Blk::new(&spec, block::open(&spec).unwrap(), 4);
+    assert_eq!(device.queue_sizes(), [QUEUE_SIZE; 4]);
+    assert_eq!(device.features() & feature::MQ, feature::MQ);
+    let interrupts = FakeInterrupts::new();
+    let mut drivers: Vec<_> = (0..4).map(|_| GuestDriver::new(QUEUE_SIZE)).collect();
+    let mut activation = drivers[0].activation(common::VERSION_1, interrupts.clone());
+    for index in 1..4 {
+        let queue = drivers[usize::from(index)].virtqueue(index, interrupts.clone());
+        activation.queues.push(queue);
+    }
+    device.activate(activation).unwrap();
+    for (i, driver) in (0u8..).zip(&mut drivers) {
+        for sector in 0..16 {
+            driver.send(&[
+                Buffer::Readable(header(OUT, u64::from(i) * 16 + sector)),
+                Buffer::Readable(vec![i + 1; 512]),
+                Buffer::Writable(1),
+            ]);
+        }
+        driver.kick();
+    }
+    for driver in &mut drivers {
+        (0..16).for_each(|_| assert_eq!(driver.wait_used().1, 1));
+    }
+    let content = fs::read(&path).unwrap();
+    for (i, part) in (1u8..=4).zip(content.chunks(16 * 512)) {
+        assert!(part.iter().all(|byte| *byte == i));
+    }
+}
+
+#[test]
+fn the_configuration_is_read_in_any_piece_and_one_byte_is_written() {
+    let rig = Rig::new("");
+    let whole = space(&rig.device.info(), 1, true);
+    for offset in 0..70 {
+        for len in 0..9 {
+            let mut data = vec![0xcc; len];
+            rig.device.config_read(offset, &mut data);
+            let mut expected = vec![0xcc; len];
+            for (to, from) in expected.iter_mut().zip(whole.iter().skip(offset)) {
+                *to = *from;
+            }
+            assert_eq!(data, expected);
+        }
+    }
+    for offset in (0..32).chain(33..80) {
+        rig.device.config_write(offset, &[0]);
+    }
+    let mut data = [0; 60];
+    rig.device.config_read(0, &mut data);
+    assert_eq!(data, whole);
+}
+
+/// How a request's bytes are spread over descriptors.
+#[derive(Clone, Debug)]
+struct Layout {
+    cuts: Vec<prop::sample::Index>,
+    indirect: bool,
+}
+
+fn layout() -> impl Strategy<Value = Layout> {
+    let cuts = prop::collection::vec(any::<prop::sample::Index>(), 0..6);
+    (cuts, any::<bool>()).prop_map(|(cuts, indirect)| Layout { cuts, indirect })
+}
+
+impl Layout {
+    /// Lengths of the pieces of `len` bytes.
+    fn pieces(&self, len: usize) -> Vec<usize> {
+        if len == 0 {
+            return Vec::new();
+        }
+        let mut ends: Vec<usize> = self.cuts.iter().map(|cut| cut.index(len)).collect();
+        ends.push(len);
+        ends.sort_unstable();
+        let mut start = 0;
+        let pieces = ends.into_iter().map(|end| {
+            let piece = end - start;
+            start = end;
+            piece
+        });
+        pieces.filter(|piece| *piece > 0).collect()
+    }
+
+    fn send(&self, driver: &mut GuestDriver, out: &[u8], room: usize) -> Sent {
+        let mut rest = out;
+        let mut buffers: Vec<Buffer> = Vec::new();
+        for piece in self.pieces(out.len()) {
+            let (now, later) = rest.split_at(piece);
+            buffers.push(Buffer::Readable(now.to_vec()));
+            rest = later;
+        }
+        let room = self.pieces(room).into_iter();
+        buffers.extend(room.map(|piece| Buffer::Writable(piece as u32)));
+        if self.indirect {
+            driver.send_indirect(&buffers)
+        } else {
+            driver.send(&buffers)
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Ask {
+    Read {
+        sector: u64,
+        count: usize,
+    },
+    Write {
+        sector: u64,
+        count: usize,
+        byte: u8,
+    },
+    Zero {
+        sector: u64,
+        count: u32,
+        unmap: bool,
+    },
+    Flush,
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    // Some of them reach across the end.
+    let sector = 0..SECTORS + 4;
+    let byte = any::<u8>();
+    prop_oneof![
+        3 => (sector.clone(), 0usize..40).prop_map(|(sector, count)| Ask::Read { sector, count }),
+        3 => (sector.clone(), 0usize..40, byte)
+            .prop_map(|(sector, count, byte)| Ask::Write { sector, count, byte }),
+        1 => (sector, 0u32..40, any::<bool>())
+            .prop_map(|(sector, count, unmap)| Ask::Zero { sector, count, unmap }),
+        1 => Just(Ask::Flush),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn requests_do_to_the_disk_what_they_do_to_an_array(
+        asks in prop::collection::vec((ask(), layout()), 1..30),
+        snapshot: bool,
+    ) {
+        let mut rig = Rig::new(if snapshot { ",snapshot" } else { "" });
+        let mut model = vec![0u8; SIZE];
+        for (ask, layout) in asks {
+            let range = |sector: u64, count: usize| {
+                let start = sector as usize * 512;
+                (start + count * 512 <= SIZE).then_some(start..start + count * 512)
+            };
+            let (out, room, range) = match ask {
+                Ask::Read { sector, count } => {
+                    (header(IN, sector), count * 512, range(sector, count))
+                }
+                Ask::Write { sector, count, byte } => {
+                    let data: Vec<u8> = (0..count * 512).map(|i| byte ^ (i / 97) as u8).collect();
+                    let range = range(sector, count);
+                    if let Some(range) = range.clone() {
+                        model[range].copy_from_slice(&data);
+                    }
+                    ([header(OUT, sector), data].concat(), 0, range)
+                }
+                Ask::Zero { sector, count, unmap } => {
+                    let range = range(sector, count as usize);
+                    if let Some(range) = range.clone() {
+                        model[range].fill(0);
+                    }
+                    let segment = segment(sector, count, unmap.into());
+                    ([header(WRITE_ZEROES, 0), segment].concat(), 0, range)
+                }
+                Ask::Flush => (header(FLUSH, 0), 0, Some(0..0)),
+            };
+            let sent = layout.send(&mut rig.driver, &out, room + 1);
+            let (read, status) = rig.settle(&sent);
+            match range {
+                Some(range) => {
+                    prop_assert_eq!(status, OK);
+                    if room > 0 {
+                        prop_assert!(read == model[range]);
+                    }
+                }
+                None => prop_assert_eq!(status, IOERR),
+            }
+        }
+        let (all, status) = rig.ask(IN, 0, &[], SIZE as u32);
+        prop_assert_eq!(status, OK);
+        prop_assert!(all == model);
+        rig.device.reset();
+        let expected = if snapshot { vec![0; SIZE] } else { model };
+        prop_assert!(rig.content() == expected);
+    }
+
+    #[test]
+    fn nonsense_is_answered_and_touches_only_its_own_room(
+        mut out in prop::collection::vec(any::<u8>(), 0..600),
+        kind in prop_oneof![Just(None), prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]).prop_map(Some)],
+        low_sector: bool,
+        room in 0usize..600,
+        layout in layout(),
+        legacy: bool,
+    ) {
+        for (at, byte) in kind.unwrap_or_default().to_le_bytes().into_iter().enumerate() {
+            if let (Some(_), Some(place)) = (kind, out.get_mut(at)) {
+                *place = byte;
+            }
+        }
+        if low_sector {
+            out.iter_mut().skip(9).take(7).for_each(|byte| *byte = 0);
+        }
+        prop_assume!(out.len() + room > 0);
+        let mut rig = Rig::with_features("", if legacy { 0 } else { u64::MAX });
+        let sent = layout.send(&mut rig.driver, &out, room);
+        let memory = rig.driver.memory().clone();
+        let everything = || {
+            let mut bytes = vec![0; 4 << 20];
+            memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            bytes
+        };
+        let mut before = everything();
+        rig.driver.kick();
+        let (_, written) = rig.driver.wait_used();
+        rig.device.reset();
+        let after = everything();
+        if room == 0 {
+            prop_assert_eq!(written, 0);
+        } else {
+            prop_assert!(*rig.driver.received(&sent).last().unwrap() <= 2);
+        }
+        let rings = rig.driver.rings();
+        let used = (rings.used, 6 + 8 * u32::from(rings.size));
+        for (address, len) in sent.writable.iter().copied().chain([used]) {
+            let range = address as usize..address as usize + len as usize;
+            before[range.clone()].copy_from_slice(&after[range]);
+        }
+        prop_assert!(before == after);
+        prop_assert_eq!(rig.content().len(), SIZE);
+        prop_assert!(!rig.interrupts.needs_reset_is_set());
+    }
+
+    #[test]
+    fn random_descriptors_break_the_queue_at_most(
+        descriptors in prop::collection::vec(any::<(u32, u16, u16, u16)>(), 1..16),
+        head in 0u16..20,
+    ) {
+        let mut rig = Rig::new("");
+        for (i, (address, len, flags, next)) in (0..).zip(descriptors) {
+            // About half of them in RAM.
+            let address = u64::from(address % (8 << 20));
+            let descriptor = RawDescriptor {
+                address,
+                len: len.into(),
+                flags: flags & 7,
+                next: next % 20,
+            };
+            rig.driver.set_descriptor(i, descriptor);
+        }
+        rig.driver.make_available(head);
+        rig.driver.kick();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            let index: u16 = rig.driver.memory()
+                .read_obj(GuestAddress(rig.driver.rings().used + 2))
+                .unwrap();
+            if index != 0 || rig.interrupts.needs_reset_is_set() {
+                break;
+            }
+            prop_assert!(std::time::Instant::now() < end, "neither answered nor broken");
+            std::thread::yield_now();
+        }
+        rig.device.reset();
+        prop_assert_eq!(rig.content().len(), SIZE);
+    }
+}
