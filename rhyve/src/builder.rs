@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
+use vmm_api::inspect::CmosState;
 use vmm_api::kvm::{CpuidPolicy, KvmError, KvmVm, VmPolicy};
 use vmm_api::memory::{GuestRam, MemoryError, MemoryLayout};
-use vmm_api::state::VmState;
+use vmm_api::state::{StateError, VmState};
 use vmm_api::topology::Topology;
 
 use crate::bus::{Overlap, PortBus};
@@ -58,6 +59,9 @@ pub enum BuildError {
     /// Memory cannot be wired, or has no room for a table.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A device's stored state does not fit.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The event thread cannot be started.
     #[error("cannot start the event thread")]
     Event(#[from] std::io::Error),
@@ -116,14 +120,18 @@ pub fn build(
         ending: &ending,
     };
     let consoles = board.serial_ports(spec)?;
-    let pm = board.legacy_devices(spec, &layout)?;
+    let (pm, rtc) = board.legacy_devices(spec, &layout)?;
+    if let Some(cmos) = CmosState::stored(state)? {
+        rtc.restore(&cmos);
+    }
     board.pci(spec)?;
 
     let (mut seats, mut vcpus) = (Vec::new(), Vec::new());
     for (index, mailbox) in (0..).zip(mailboxes) {
         let mut kvm = vm.create_vcpu(index)?;
         // The others wait for INIT and SIPI, as KVM makes them, unless they were running before.
-        if let Some(state) = usize::try_from(index).ok().and_then(|n| state.vcpus.get(n)) {
+        let stored = usize::try_from(index).ok().and_then(|n| state.vcpus.get(n));
+        if let Some(state) = stored {
             kvm.restore(state)?;
         }
         let stats = kvm.stats_file().ok();
@@ -142,7 +150,10 @@ pub fn build(
             policy: ExitPolicy {
                 strict_io: spec.strict_io,
             },
-            pin: pin.cloned().unwrap_or_default(),
+            pin: pin
+                .or(stored.map(|vcpu| &vcpu.pinning))
+                .cloned()
+                .unwrap_or_default(),
         });
     }
     let Board { ports, mevent, .. } = board;
@@ -151,7 +162,11 @@ pub fn build(
         ports,
         ending,
         pm,
+        rtc,
+        topology,
+        max_vcpus: max,
         layout,
+        wired: spec.wire_memory || state.machine.wired,
         stats: vm.stats_file().ok(),
         started: Instant::now(),
         paused: Mutex::default(),
@@ -186,7 +201,7 @@ impl Board<'_> {
         &self,
         spec: &MachineSpec,
         layout: &MemoryLayout,
-    ) -> Result<Arc<Pm>, BuildError> {
+    ) -> Result<(Arc<Pm>, Arc<Rtc>), BuildError> {
         let pm = Pm::new(Arc::new(HostClock), self.irq(SCI), self.sink());
         pm.attach_timer(&self.mevent)?;
         pm.register(&self.ports)?;
@@ -199,7 +214,7 @@ impl Board<'_> {
         if let Some(port) = spec.debug_exit {
             DebugExit::new(self.sink()).register(&self.ports, port)?;
         }
-        Ok(pm)
+        Ok((pm, rtc))
     }
 
     /// Bus 0 and the ports through which guests see it.

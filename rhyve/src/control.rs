@@ -1,15 +1,19 @@
 //! What `vmmctl` may ask of a running machine: vmm-api's control protocol, answered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use vmm_api::control::{Change, ControlTarget, Refusal, RunPhase, Status};
+use nix::errno::Errno;
+use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase, Status};
 use vmm_api::exit::ExitKind;
+use vmm_api::inspect::{MachineDetail, MemoryMap, Region, VcpuDetail};
 use vmm_api::kvm::{KvmError, KvmVcpu};
 use vmm_api::regs::Registers;
+use vmm_api::state::Activity;
 use vmm_api::stats::{VcpuStats, VmStats};
 
+use crate::firmware::{IOAPIC_BASE, LAPIC_BASE};
 use crate::machine::Machine;
-use crate::sequencer::Cause;
+use crate::sequencer::{Cause, pinning};
 use crate::suspend::{SuspendHow, SuspendSink};
 
 impl ControlTarget for Machine {
@@ -91,6 +95,93 @@ impl ControlTarget for Machine {
     fn nmi(&self, vcpu: u32) -> Result<(), Refusal> {
         self.ask(vcpu, |kvm| kvm.nmi())?.map_err(refusal)
     }
+
+    fn vcpu_detail(&self, vcpu: u32) -> Result<VcpuDetail, Refusal> {
+        let (detail, pinning) = self.ask(vcpu, |kvm| (kvm.detail(), pinning::get()))?;
+        let mut detail = detail.map_err(refusal)?;
+        // This thread is pinned nowhere: what it may use is what an unpinned vCPU may use.
+        let free = pinning::get().map_err(|e| unpinned(vcpu, e))?;
+        let pinning = pinning.map_err(|e| unpinned(vcpu, e))?;
+        if pinning != free {
+            detail.pinning = pinning;
+        }
+        Ok(detail)
+    }
+
+    fn machine_detail(&self) -> Result<MachineDetail, Refusal> {
+        let mut active = BTreeSet::new();
+        for vcpu in 0..self.vcpu_count() {
+            let activity = self.ask(vcpu, |kvm| kvm.activity())?.map_err(refusal)?;
+            if activity.is_none_or(Activity::started) {
+                active.insert(vcpu);
+            }
+        }
+        let held = self.is_paused();
+        Ok(MachineDetail {
+            topology: self.topology,
+            max_vcpus: u32::try_from(self.max_vcpus).ok(),
+            suspended: if held {
+                active.clone()
+            } else {
+                BTreeSet::new()
+            },
+            active,
+            memory_map: MemoryMap::new(self.layout, self.wired, &kvm_devices()),
+        })
+    }
+
+    fn pin(&self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Refusal> {
+        let cpus = if cpus.is_empty() {
+            pinning::get().map_err(|e| unpinned(vcpu, e))?
+        } else {
+            cpus.clone()
+        };
+        self.ask(vcpu, move |_| pinning::set(&cpus))?
+            .map_err(|e| unpinned(vcpu, e))
+    }
+
+    fn set_x2apic(&self, vcpu: u32, on: bool) -> Result<(), Refusal> {
+        self.ask(vcpu, move |kvm| kvm.set_x2apic(on))?
+            .map_err(refusal)
+    }
+
+    fn inject(&self, vcpu: u32, event: Event) -> Result<(), Refusal> {
+        let inject = move |kvm: &mut KvmVcpu| match event {
+            Event::Interrupt { vector } => kvm.lapic_irq(vector),
+            Event::LocalPin { pin } => kvm.lapic_local_irq(pin),
+            Event::Exception { vector, error } => kvm.inject_exception(vector, error),
+        };
+        self.ask(vcpu, inject)?.map_err(refusal)
+    }
+
+    fn rtc(&self) -> Result<RtcState, Refusal> {
+        let (seconds, nvram) = self.rtc.look();
+        Ok(RtcState {
+            seconds,
+            nvram: nvram.to_vec(),
+        })
+    }
+
+    fn set_rtc_time(&self, seconds: i64) -> Result<(), Refusal> {
+        self.rtc.set_seconds(seconds);
+        Ok(())
+    }
+
+    fn set_rtc_nvram(&self, offset: u8, value: u8) -> Result<(), Refusal> {
+        if self.rtc.set_byte(offset, value) {
+            return Ok(());
+        }
+        let why = format!("CMOS offset {offset} is not memory: that is 14 to 127, but for 50");
+        Err(Refusal::Unsupported(why))
+    }
+}
+
+/// What KVM itself puts into guest-physical space, where the MPtable and the MADT say it is.
+fn kvm_devices() -> [Region; 2] {
+    [
+        Region::device("ioapic", IOAPIC_BASE.into(), 0x1000),
+        Region::device("lapic", LAPIC_BASE.into(), 0x1000),
+    ]
 }
 
 /// All changes or none.
@@ -104,6 +195,15 @@ fn update(kvm: &mut KvmVcpu, changes: &[Change]) -> Result<(), Refusal> {
         return Err(refusal(error));
     }
     Ok(())
+}
+
+/// Why a vCPU's thread stays where it is.
+fn unpinned(vcpu: u32, errno: Errno) -> Refusal {
+    let why = match errno {
+        Errno::EINVAL => "this machine has none of these processors for it".to_owned(),
+        errno => errno.desc().to_owned(),
+    };
+    Refusal::Unsupported(format!("pinning vCPU {vcpu} there: {why}"))
 }
 
 fn kvm_stats(file: Option<&std::fs::File>) -> Vec<vmm_api::stats::Stat> {

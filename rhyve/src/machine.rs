@@ -11,10 +11,12 @@ use std::time::Instant;
 use vmm_api::control::Refusal;
 use vmm_api::kvm::{Counters, KvmVcpu, KvmVm};
 use vmm_api::memory::MemoryLayout;
+use vmm_api::topology::Topology;
 
 use crate::bus::PortBus;
 use crate::irq::IrqLine;
 use crate::isa::pm::Pm;
+use crate::isa::rtc::Rtc;
 use crate::sequencer::{Ending, Mailbox};
 
 /// What is kept of a vCPU outside of its own thread.
@@ -37,8 +39,16 @@ pub struct Machine {
     pub ending: Arc<Ending>,
     /// Power management: the power button.
     pub pm: Arc<Pm>,
+    /// The CMOS clock.
+    pub rtc: Arc<Rtc>,
+    /// How the vCPUs are grouped.
+    pub topology: Topology,
+    /// How many there could be.
+    pub max_vcpus: usize,
     /// Where RAM lies.
     pub layout: MemoryLayout,
+    /// It is locked in the host's memory.
+    pub wired: bool,
     /// KVM's statistics of the VM, where there are any.
     pub stats: Option<File>,
     /// When the vCPUs started.

@@ -14,7 +14,7 @@ use vmm_api::kvm::KvmError;
 use vmm_api::memory::{MemSize, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::root::Root;
-use vmm_api::state::{Phase, StopReason, VmState};
+use vmm_api::state::{Phase, StopReason, VcpuState, VmState};
 use vmm_api::vm::{LockedVm, Vm, VmError};
 
 use crate::builder::{BuildError, Built, build};
@@ -98,6 +98,7 @@ pub fn run(spec: &MachineSpec) -> Result<Cause, RunError> {
     let kvm = capability::open()?;
     let ram = vm.map_memory(&state)?;
     let built = build(spec, &state, kvm, ram)?;
+    state.machine.topology = Some(built.machine.topology);
     vm.reserve(VCPU_TEXT * (1 + u64::from(built.machine.vcpu_count())))?;
 
     // Memory is the guest's from here on. If this process is killed, what is loaded is gone.
@@ -249,10 +250,17 @@ fn capture(machine: &Machine, state: &mut VmState) {
     }
     state
         .vcpus
-        .resize_with(machine.seats.len(), vmm_api::state::VcpuState::reset);
+        .resize_with(machine.seats.len(), VcpuState::reset);
+    machine.rtc.save().store(state);
     for (vcpu, place) in (0..).zip(&mut state.vcpus) {
         match machine.ask(vcpu, |kvm| kvm.capture()) {
-            Ok(Ok(captured)) => *place = captured,
+            Ok(Ok(captured)) => {
+                let pinning = std::mem::take(&mut place.pinning);
+                *place = VcpuState {
+                    pinning,
+                    ..captured
+                };
+            }
             Ok(Err(error)) => tracing::error!(target: "rhyve", "{}", crate::chain(&error)),
             Err(refusal) => tracing::error!(target: "rhyve", "{refusal}"),
         }

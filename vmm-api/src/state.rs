@@ -4,13 +4,14 @@
 //! newer rhyve is refused by its version and not by some field inside. The types are ours, with
 //! named fields; nothing of KVM's binary layouts but opaque bulk.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::encoding::{bulk, hex, hex_map};
 use crate::memory::MemoryLayout;
 use crate::regs::Registers;
+use crate::topology::Topology;
 
 /// The value of vm.json's `format`.
 pub const FORMAT: &str = "rhyve-vm";
@@ -112,6 +113,9 @@ pub struct MachineState {
     /// RAM is allocated up front.
     #[serde(default)]
     pub wired: bool,
+    /// How the vCPUs were grouped when it ran last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
     /// The directory that holds the memory file, when it is not the object's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_path: Option<std::path::PathBuf>,
@@ -155,6 +159,9 @@ pub struct VcpuState {
     /// Time stamp counter frequency in kHz; none: the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tsc_khz: Option<u32>,
+    /// Host processors that it is pinned to; empty: it runs on any.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub pinning: BTreeSet<usize>,
 }
 
 impl VcpuState {

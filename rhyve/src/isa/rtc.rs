@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bitflags::bitflags;
+use vmm_api::inspect::CmosState;
 use vmm_api::memory::MemoryLayout;
 
 use super::calendar::Date;
@@ -374,6 +375,8 @@ pub fn base_offset(base: RtcBase) -> i32 {
 pub struct Rtc {
     clock: Arc<dyn Clock>,
     irq: Arc<dyn IrqLine>,
+    /// Seconds that its time zone is ahead of UTC.
+    base: i32,
     state: Mutex<State>,
     timer: OnceLock<Timer>,
 }
@@ -388,7 +391,7 @@ impl Rtc {
         offset: i32,
         memory: &MemoryLayout,
     ) -> Arc<Self> {
-        let offset = i128::from(offset) * SECOND;
+        let (base, offset) = (offset, i128::from(offset) * SECOND);
         let seen = nanoseconds(clock.realtime()) + offset;
         let mut state = State {
             index: 0,
@@ -403,6 +406,7 @@ impl Rtc {
         Arc::new(Self {
             clock,
             irq,
+            base,
             state: Mutex::new(state),
             timer: OnceLock::new(),
         })
@@ -430,6 +434,74 @@ impl Rtc {
     /// [`Overlap`].
     pub fn register(self: &Arc<Self>, bus: &PortBus) -> Result<(), Overlap> {
         bus.register(INDEX..=DATA, "rtc", self.clone())
+    }
+
+    /// Seconds since 1970-01-01 00:00 that it shows, and its bytes as a guest would read them.
+    pub fn look(&self) -> (i64, [u8; 128]) {
+        let mut state = self.state();
+        let now = self.now(&state);
+        state.advance(now);
+        if !state.frozen() {
+            state.show(now);
+        }
+        let mut bytes = state.bytes;
+        for (register, value) in [
+            (reg::B, state.mode.bits()),
+            (reg::C, state.flags),
+            (reg::D, VALID),
+        ] {
+            bytes[usize::from(register)] = value;
+        }
+        (now.div_euclid(SECOND) as i64, bytes)
+    }
+
+    /// Makes it show this time, in seconds since 1970-01-01 00:00. An alarm in between is passed over.
+    pub fn set_seconds(&self, seconds: i64) {
+        let mut state = self.state();
+        let now = self.now(&state);
+        state.advance(now);
+        let shown = i128::from(seconds) * SECOND + now.rem_euclid(SECOND);
+        state.offset += shown - now;
+        state.seen = shown;
+        if state.frozen() {
+            state.show(shown);
+        }
+        self.arm(&state);
+    }
+
+    /// Writes a byte of its memory; false if there is none at this offset.
+    pub fn set_byte(&self, offset: u8, value: u8) -> bool {
+        let memory = CmosState::is_memory(offset);
+        if memory {
+            self.state().store(offset, value);
+        }
+        memory
+    }
+
+    /// What its battery keeps.
+    pub fn save(&self) -> CmosState {
+        let state = self.state();
+        CmosState {
+            base: self.base.into(),
+            ahead: (state.offset.div_euclid(SECOND) - i128::from(self.base)) as i64,
+            nvram: state.bytes.to_vec(),
+        }
+    }
+
+    /// Goes on from what its battery kept. What this machine's memory says of itself stays.
+    pub fn restore(&self, cmos: &CmosState) {
+        let mut state = self.state();
+        if cmos.ahead != 0 {
+            // Somebody set it: it keeps that time, whatever this machine's time zone is.
+            let shown = i128::from(cmos.base.saturating_add(cmos.ahead)) * SECOND;
+            state.seen += shown - state.offset;
+            state.offset = shown;
+        }
+        for (offset, &value) in (0..).zip(&cmos.nvram) {
+            if CmosState::is_memory(offset) && state.byte(offset) == 0 {
+                state.store(offset, value);
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

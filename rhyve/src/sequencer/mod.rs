@@ -9,6 +9,7 @@
 mod ending;
 mod halt;
 mod mailbox;
+pub mod pinning;
 mod vcpu;
 
 pub use ending::{Cause, EXIT_ERROR, Ending};

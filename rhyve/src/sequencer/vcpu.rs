@@ -9,7 +9,7 @@ use vmm_api::exit::{Direction, PortAccess, VmExit};
 use vmm_api::kvm::{KvmError, KvmVcpu};
 use vmm_api::memory::GuestRam;
 
-use super::{Cause, Ending, Mailbox, Next};
+use super::{Cause, Ending, Mailbox, Next, pinning};
 use crate::bus::{IoSize, PortBus};
 use crate::dump;
 use crate::suspend::{SuspendHow, SuspendSink};
@@ -177,13 +177,7 @@ impl Vcpu {
         if self.pin.is_empty() {
             return Ok(());
         }
-        let mut set = nix::sched::CpuSet::new();
-        let pinned = self
-            .pin
-            .iter()
-            .try_for_each(|&cpu| set.set(cpu))
-            .and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
-        pinned.map_err(|e| {
+        pinning::set(&self.pin).map_err(|e| {
             let cpus: Vec<_> = self.pin.iter().map(usize::to_string).collect();
             let (vcpu, cpus) = (self.kvm.index(), cpus.join(","));
             Cause::error(format!(

@@ -1,5 +1,6 @@
 //! The client's side of control.sock: connect, check the hello, call.
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -13,9 +14,10 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use serde::Deserialize;
 
 use super::proto::{
-    ANSWER_MAX, Answer, Call, Change, Hello, Outcome, PROTOCOL, Refusal, Reply, Request, Status,
-    decode, encode,
+    ANSWER_MAX, Answer, Call, Change, Event, Hello, Outcome, PROTOCOL, Refusal, Reply, Request,
+    RtcState, Status, decode, encode,
 };
+use crate::inspect::{MachineDetail, VcpuDetail};
 use crate::name::VmName;
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};
@@ -296,6 +298,87 @@ impl Client {
     /// As [`Client::call`].
     pub fn nmi(&mut self, vcpu: u32) -> Result<(), ClientError> {
         self.done(Request::Nmi { vcpu })
+    }
+
+    /// What one vCPU has beyond registers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn vcpu_detail(&mut self, vcpu: u32) -> Result<VcpuDetail, ClientError> {
+        self.expect(Request::VcpuDetail { vcpu }, |r| match r {
+            Reply::VcpuDetail(detail) => Some(*detail),
+            _ => None,
+        })
+    }
+
+    /// What the machine is made of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn machine_detail(&mut self) -> Result<MachineDetail, ClientError> {
+        self.expect(Request::MachineDetail, |r| match r {
+            Reply::MachineDetail(detail) => Some(*detail),
+            _ => None,
+        })
+    }
+
+    /// Moves a vCPU's thread to these host processors; to any, if there are none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn pin(&mut self, vcpu: u32, cpus: BTreeSet<usize>) -> Result<(), ClientError> {
+        self.done(Request::Pin { vcpu, cpus })
+    }
+
+    /// Turns a local APIC's x2APIC mode on or off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_x2apic(&mut self, vcpu: u32, on: bool) -> Result<(), ClientError> {
+        self.done(Request::X2apic { vcpu, on })
+    }
+
+    /// Puts an event into a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn inject(&mut self, vcpu: u32, event: Event) -> Result<(), ClientError> {
+        self.done(Request::Inject { vcpu, event })
+    }
+
+    /// What the CMOS clock shows and holds.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn rtc(&mut self) -> Result<RtcState, ClientError> {
+        self.expect(Request::Rtc, |r| match r {
+            Reply::Rtc(rtc) => Some(rtc),
+            _ => None,
+        })
+    }
+
+    /// Sets the CMOS clock: seconds since 1970 in its own time zone.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_rtc_time(&mut self, seconds: i64) -> Result<(), ClientError> {
+        self.done(Request::SetRtcTime { seconds })
+    }
+
+    /// Writes a byte of the CMOS memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_rtc_nvram(&mut self, offset: u8, value: u8) -> Result<(), ClientError> {
+        self.done(Request::SetRtcNvram { offset, value })
     }
 }
 

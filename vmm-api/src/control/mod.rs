@@ -12,9 +12,12 @@ pub mod server;
 mod tests;
 
 pub use client::{Client, ClientError};
-pub use proto::{Change, Hello, Refusal, RunPhase, Status};
+pub use proto::{Change, Event, Hello, Refusal, RtcState, RunPhase, Status};
 pub use server::{ServeError, Server};
 
+use std::collections::BTreeSet;
+
+use crate::inspect::{MachineDetail, VcpuDetail};
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};
 
@@ -100,4 +103,86 @@ pub trait ControlTarget: Send + Sync {
     ///
     /// There is no such vCPU, or KVM refuses.
     fn nmi(&self, vcpu: u32) -> Result<(), Refusal>;
+
+    /// What one vCPU has beyond registers, in a consistent state.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it does not answer.
+    fn vcpu_detail(&self, vcpu: u32) -> Result<VcpuDetail, Refusal> {
+        Err(unsupported("details of", vcpu))
+    }
+
+    /// What the machine is made of.
+    ///
+    /// # Errors
+    ///
+    /// A vCPU does not answer.
+    fn machine_detail(&self) -> Result<MachineDetail, Refusal> {
+        Err(Refusal::Unsupported("details of the machine".into()))
+    }
+
+    /// Moves a vCPU's thread to these host processors, now and for good; to any, if there are none.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or the host refuses all of these processors.
+    fn pin(&self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Refusal> {
+        let _ = cpus;
+        Err(unsupported("pinning", vcpu))
+    }
+
+    /// Turns a local APIC's x2APIC mode on or off.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or its CPUID has no x2APIC.
+    fn set_x2apic(&self, vcpu: u32, on: bool) -> Result<(), Refusal> {
+        let _ = on;
+        Err(unsupported("x2APIC mode of", vcpu))
+    }
+
+    /// Puts an event into a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or KVM refuses the event.
+    fn inject(&self, vcpu: u32, event: Event) -> Result<(), Refusal> {
+        let _ = event;
+        Err(unsupported("events for", vcpu))
+    }
+
+    /// What the CMOS clock shows and holds.
+    ///
+    /// # Errors
+    ///
+    /// The machine has none.
+    fn rtc(&self) -> Result<RtcState, Refusal> {
+        Err(Refusal::Unsupported("a CMOS clock".into()))
+    }
+
+    /// Sets the CMOS clock.
+    ///
+    /// # Errors
+    ///
+    /// The machine has none, or it cannot show this time.
+    fn set_rtc_time(&self, seconds: i64) -> Result<(), Refusal> {
+        let _ = seconds;
+        Err(Refusal::Unsupported("a CMOS clock".into()))
+    }
+
+    /// Writes a byte of the CMOS memory.
+    ///
+    /// # Errors
+    ///
+    /// The machine has none, or the clock itself is at this offset.
+    fn set_rtc_nvram(&self, offset: u8, value: u8) -> Result<(), Refusal> {
+        let _ = (offset, value);
+        Err(Refusal::Unsupported("a CMOS clock".into()))
+    }
+}
+
+/// What a machine says that has no such thing.
+fn unsupported(what: &str, vcpu: u32) -> Refusal {
+    Refusal::Unsupported(format!("{what} vCPU {vcpu}"))
 }

@@ -14,10 +14,13 @@
 //! Fields that a reader does not know are passed over, so that fields may be added; anything else is
 //! a new version.
 
+use std::collections::BTreeSet;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::encoding::hex;
+use crate::encoding::{bulk, hex};
+use crate::inspect::{MachineDetail, VcpuDetail};
 use crate::memory::MemoryLayout;
 use crate::regs::{Access, Reg, RegError, Registers, SegReg};
 use crate::stats::{VcpuStats, VmStats};
@@ -97,6 +100,82 @@ pub enum Request {
         /// For this vCPU.
         vcpu: u32,
     },
+    /// What one vCPU has beyond registers.
+    VcpuDetail {
+        /// Its index.
+        vcpu: u32,
+    },
+    /// What the machine is made of.
+    MachineDetail,
+    /// Pin a vCPU's thread.
+    Pin {
+        /// Its index.
+        vcpu: u32,
+        /// Host processors; empty: run anywhere.
+        cpus: BTreeSet<usize>,
+    },
+    /// Turn x2APIC mode on or off.
+    X2apic {
+        /// The vCPU.
+        vcpu: u32,
+        /// On.
+        on: bool,
+    },
+    /// Put an event into a vCPU.
+    Inject {
+        /// Its index.
+        vcpu: u32,
+        /// Which.
+        event: Event,
+    },
+    /// What the CMOS clock shows and holds.
+    Rtc,
+    /// Set the CMOS clock.
+    SetRtcTime {
+        /// Seconds since 1970-01-01 00:00 of the clock's own time zone.
+        seconds: i64,
+    },
+    /// Write one byte of the CMOS memory.
+    SetRtcNvram {
+        /// Its offset, beyond the clock's registers.
+        offset: u8,
+        /// Its new value.
+        value: u8,
+    },
+}
+
+/// An event that is put into a vCPU from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// An interrupt by its vector (libvmmapi's vm_lapic_irq).
+    Interrupt {
+        /// The vector.
+        vector: u8,
+    },
+    /// A pin of the local APIC's vector table (vm_lapic_local_irq).
+    LocalPin {
+        /// 0 timer, 1 LINT0, 2 LINT1, 3 error, 4 performance counters, 5 thermal, 6 CMCI.
+        pin: u32,
+    },
+    /// An exception (vm_inject_exception).
+    Exception {
+        /// The vector.
+        vector: u8,
+        /// The error code, if it pushes one.
+        #[serde(default)]
+        error: Option<u32>,
+    },
+}
+
+/// What the CMOS clock shows and holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcState {
+    /// Seconds since 1970-01-01 00:00 of the clock's own time zone.
+    pub seconds: i64,
+    /// Its 128 bytes as the guest would read them.
+    #[serde(with = "bulk")]
+    pub nvram: Vec<u8>,
 }
 
 /// One change to a vCPU's registers.
@@ -190,6 +269,12 @@ pub enum Reply {
     VcpuStats(VcpuStats),
     /// To [`Request::VmStats`].
     VmStats(VmStats),
+    /// To [`Request::VcpuDetail`].
+    VcpuDetail(Box<VcpuDetail>),
+    /// To [`Request::MachineDetail`].
+    MachineDetail(Box<MachineDetail>),
+    /// To [`Request::Rtc`].
+    Rtc(RtcState),
 }
 
 /// What a machine is doing.

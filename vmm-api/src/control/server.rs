@@ -410,6 +410,18 @@ pub fn answer(target: &dyn ControlTarget, line: &[u8]) -> Answer {
         Request::Reset => target.reset().map(done),
         Request::PowerButton => target.power_button().map(done),
         Request::Nmi { vcpu } => target.nmi(vcpu).map(done),
+        Request::VcpuDetail { vcpu } => target
+            .vcpu_detail(vcpu)
+            .map(|d| Reply::VcpuDetail(Box::new(d))),
+        Request::MachineDetail => target
+            .machine_detail()
+            .map(|d| Reply::MachineDetail(Box::new(d))),
+        Request::Pin { vcpu, cpus } => target.pin(vcpu, &cpus).map(done),
+        Request::X2apic { vcpu, on } => target.set_x2apic(vcpu, on).map(done),
+        Request::Inject { vcpu, event } => target.inject(vcpu, event).map(done),
+        Request::Rtc => target.rtc().map(Reply::Rtc),
+        Request::SetRtcTime { seconds } => target.set_rtc_time(seconds).map(done),
+        Request::SetRtcNvram { offset, value } => target.set_rtc_nvram(offset, value).map(done),
     };
     Answer {
         id: Some(call.id),

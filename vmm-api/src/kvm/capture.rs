@@ -14,6 +14,7 @@ use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_ior_nr;
 
 use super::{KvmError, KvmVcpu, convert, ioctl};
+use crate::inspect::MSR_APIC_BASE;
 use crate::regs::Registers;
 use crate::state::VcpuState;
 
@@ -137,10 +138,11 @@ impl KvmVcpu {
         Ok(VcpuState {
             registers,
             activity: convert::activity(&mp_state),
-            msrs: self.all_msrs(),
+            msrs: self.all_msrs()?,
             xsave: self.xsave()?,
             lapic: lapic.regs.iter().map(|&c| c as u8).collect(),
             tsc_khz: self.fd.get_tsc_khz().ok(),
+            pinning: [].into(),
             events: Some(convert::events(
                 &self
                     .fd
@@ -170,6 +172,10 @@ impl KvmVcpu {
         if !state.xsave.is_empty() {
             self.set_xsave(&state.xsave)?;
         }
+        if let Some(&base) = state.msrs.get(&MSR_APIC_BASE) {
+            // The page is read by the mode that this says.
+            self.set_msrs(&[(MSR_APIC_BASE, base)])?;
+        }
         if !state.lapic.is_empty() {
             self.set_lapic(&state.lapic)?;
         }
@@ -193,7 +199,7 @@ impl KvmVcpu {
         Ok(())
     }
 
-    fn msr(&self, index: u32) -> Result<u64, KvmError> {
+    pub(super) fn msr(&self, index: u32) -> Result<u64, KvmError> {
         let mut msrs = msr_list(&[(index, 0)])?;
         let got = self.fd.get_msrs(&mut msrs).map_err(ioctl("read an MSR"))?;
         Ok(msrs
@@ -203,9 +209,10 @@ impl KvmVcpu {
             .map_or(0, |m| m.data))
     }
 
-    /// Every MSR that KVM lists and that can be read; KVM stops at each that cannot.
-    fn all_msrs(&self) -> BTreeMap<u32, u64> {
-        let mut values = BTreeMap::new();
+    /// Every MSR that KVM lists and that can be read; KVM stops at each that cannot. It does not list
+    /// the APIC base.
+    fn all_msrs(&self) -> Result<BTreeMap<u32, u64>, KvmError> {
+        let mut values = BTreeMap::from([(MSR_APIC_BASE, self.msr(MSR_APIC_BASE)?)]);
         let mut rest = self.vm.msrs.as_slice();
         while !rest.is_empty() {
             let batch: Vec<_> = rest.iter().take(256).map(|&index| (index, 0)).collect();
@@ -217,11 +224,11 @@ impl KvmVcpu {
             let unreadable = usize::from(got < batch.len());
             rest = &rest[got + unreadable..];
         }
-        values
+        Ok(values)
     }
 
     /// Sets MSRs, skipping those that have the value already: KVM lists some that it will not set.
-    fn set_msrs(&self, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
+    pub(super) fn set_msrs(&self, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
         for &(index, value) in msrs {
             if self.msr(index)? == value {
                 continue;

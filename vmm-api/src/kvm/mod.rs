@@ -6,6 +6,7 @@
 mod capture;
 mod convert;
 mod cpuid;
+mod inspect;
 mod kick;
 mod vcpu;
 mod vm;

@@ -17,6 +17,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use super::{Kick, KvmError, KvmVm, cpuid, ioctl, kick};
 use crate::exit::{Direction, ExitKind, InternalError, PortAccess, VmExit};
+use crate::inspect::LastExit;
 
 const APIC_LVT1: usize = 0x360;
 const APIC_MODE_NMI: u32 = 0x400;
@@ -43,6 +44,8 @@ pub(super) fn stats_file(fd: &impl AsRawFd) -> Result<File, KvmError> {
 pub struct Counters {
     exits: [AtomicU64; ExitKind::ALL.len()],
     guest_ns: AtomicU64,
+    /// KVM's reason of the last exit but kicks, and above it 1 + the exit's kind; 0: none.
+    last: AtomicU64,
 }
 
 impl Counters {
@@ -54,6 +57,16 @@ impl Counters {
     /// Nanoseconds spent in KVM_RUN so far: guest code, and what KVM does for it in the kernel.
     pub fn guest_ns(&self) -> u64 {
         self.guest_ns.load(Relaxed)
+    }
+
+    /// Why it left the guest last, kicks not counted.
+    pub fn last_exit(&self) -> Option<LastExit> {
+        let last = self.last.load(Relaxed);
+        let kind = usize::try_from(last >> 32).ok()?.checked_sub(1)?;
+        Some(LastExit {
+            reason: last as u32,
+            name: ExitKind::ALL.get(kind)?.name().to_owned(),
+        })
     }
 }
 
@@ -151,6 +164,12 @@ impl KvmVcpu {
         if let Ok(exit) = &exit {
             let count = &self.counters.exits[exit.kind() as usize];
             count.store(count.load(Relaxed) + 1, Relaxed);
+            if exit.kind() != ExitKind::Interrupted {
+                let kind = exit.kind() as u64 + 1;
+                let reason = self.fd.get_kvm_run().exit_reason;
+                let last = kind << 32 | u64::from(reason);
+                self.counters.last.store(last, Relaxed);
+            }
         }
         exit
     }
