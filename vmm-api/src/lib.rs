@@ -16,6 +16,7 @@ pub mod control;
 pub mod exit;
 pub mod inspect;
 pub mod kvm;
+mod mapping;
 pub mod memory;
 pub mod name;
 pub mod pagewalk;

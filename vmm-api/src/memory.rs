@@ -20,9 +20,9 @@ use nix::sys::mman::MmapAdvise;
 use nix::sys::statfs::HUGETLBFS_MAGIC;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::mapping::{HUGE, Mapping};
 
 /// Lowmem ends here at the latest; from here to [`HIGHMEM_BASE`] is the PCI hole.
 pub const LOWMEM_LIMIT: u64 = 3 << 30;
@@ -225,6 +225,8 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     layout: MemoryLayout,
     file: Arc<File>,
+    // What `memory` points into: one for each segment.
+    mappings: Arc<[Mapping]>,
 }
 
 impl GuestRam {
@@ -236,30 +238,36 @@ impl GuestRam {
     pub fn map(file: File, layout: MemoryLayout) -> Result<Self, MemoryError> {
         layout.validate()?;
         check_length(&file, layout)?;
-        let file = Arc::new(file);
-        let regions = layout.segments().map(|(base, len, offset)| {
+        let (mut mappings, mut regions) = (Vec::new(), Vec::new());
+        for (base, len, offset) in layout.segments() {
             let size = usize::try_from(len).map_err(|_| MemoryError::Layout(layout))?;
+            let mapping = Mapping::new(&file, offset, size).map_err(MemoryError::Map)?;
             let region = MmapRegionBuilder::new(size)
-                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+            let start = mapping.start().cast().as_ptr();
+            // SAFETY: the mapping has this size and lives as long as `memory`, which is not lent as
+            // a type that can be cloned.
+            let region = unsafe { region.with_raw_mmap_pointer(start) }
                 .build()
                 .map_err(|e| MemoryError::Map(io::Error::other(e)))?;
-            GuestRegionMmap::new(region, GuestAddress(base)).ok_or(MemoryError::Layout(layout))
-        });
-        let regions = regions.collect::<Result<Vec<_>, _>>()?;
+            let region = GuestRegionMmap::new(region, GuestAddress(base));
+            regions.push(region.ok_or(MemoryError::Layout(layout))?);
+            mappings.push(mapping);
+        }
         let memory = GuestMemoryMmap::from_regions(regions)
             .map_err(|e| MemoryError::Map(io::Error::other(e)))?;
         Ok(Self {
             memory,
             layout,
-            file,
+            file: Arc::new(file),
+            mappings: mappings.into(),
         })
     }
 
     /// The mapping, for vm-memory's accessors. Back a range with [`GuestRam::populate`] before its
     /// first write, or a full tmpfs is a SIGBUS.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &(impl GuestMemoryBackend + use<>) {
         &self.memory
     }
 
@@ -293,6 +301,20 @@ impl GuestRam {
                 source: other.into(),
             },
         })
+    }
+
+    /// Prepares for `len` bytes at `gpa` to be written and run: huge pages are put around them, so
+    /// that neither the writer nor the guest faults at every 4 KiB. Less than one huge page stays
+    /// as it is, and so does everything where there are none to be had.
+    pub fn prepare(&self, gpa: u64, len: u64) {
+        let (Ok(len), true) = (usize::try_from(len), len >= HUGE as u64) else {
+            return;
+        };
+        for ((base, size, _), mapping) in self.layout.segments().zip(&*self.mappings) {
+            if (base..base + size).contains(&gpa) {
+                mapping.collapse(mapping.huge_pages((gpa - base) as usize, len));
+            }
+        }
     }
 
     /// Allocates all of it and locks it in RAM.
