@@ -26,6 +26,7 @@ pub mod scatter;
 pub mod state;
 pub mod stats;
 pub mod topology;
+pub mod uring;
 pub mod vm;
 
 mod encoding;

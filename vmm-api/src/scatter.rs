@@ -12,7 +12,7 @@ use nix::libc;
 use vm_memory::VolatileSlice;
 
 /// Most buffers of one system call (UIO_MAXIOV).
-const MAX_BUFFERS: usize = 1024;
+pub(crate) const MAX_BUFFERS: usize = 1024;
 
 /// Fills `to`, one slice after the other, from `offset` on.
 ///
@@ -92,7 +92,7 @@ fn transfer(
 }
 
 /// What is left of `buffers` after their first `done` bytes.
-fn advance(mut buffers: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
+pub(crate) fn advance(mut buffers: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
     while let Some(first) = buffers.first_mut() {
         if done < first.iov_len {
             first.iov_base = first.iov_base.cast::<u8>().wrapping_add(done).cast();

@@ -4,11 +4,75 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::{Backend, Channel, Operation, Request, Token};
-use crate::config::AioEngine;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use vm_memory::GuestMemoryMmap;
+use vmm_api::uring::Ring;
 
-/// This thread's way to `backend`.
-pub fn channel<'m>(backend: Arc<dyn Backend>, _engine: AioEngine) -> Box<dyn Channel<'m> + 'm> {
+use super::uring::Uring;
+use super::{Backend, BlockError, Channel, Operation, Request, Token};
+use crate::config::{AioEngine, BlockSpec};
+
+/// Who moves the bytes, once that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// The queue's own thread.
+    Threads,
+    /// The kernel, asked through io_uring.
+    IoUring,
+}
+
+impl Engine {
+    /// What the log calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Threads => "threads",
+            Self::IoUring => "io_uring",
+        }
+    }
+
+    /// What `spec` asks for, or what serves `backend` best on this host.
+    ///
+    /// # Errors
+    /// io_uring is asked for and cannot be had.
+    pub fn choose(spec: &BlockSpec, backend: &dyn Backend) -> Result<Self, BlockError> {
+        if spec.engine == AioEngine::Threads {
+            return Ok(Self::Threads);
+        }
+        let tried = match backend.plain() {
+            // Only whether there may be one: each queue makes its own.
+            Some(plain) => plain
+                .file
+                .try_clone()
+                .and_then(|file| Ring::new(1, file.into(), GuestMemoryMmap::new())),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        };
+        match tried {
+            // There is nothing to wait for in a file in memory: copying at once is faster.
+            Ok(_) if spec.engine == AioEngine::Auto && in_memory(backend) => Ok(Self::Threads),
+            Ok(_) => Ok(Self::IoUring),
+            Err(_) if spec.engine == AioEngine::Auto => Ok(Self::Threads),
+            Err(source) => Err(BlockError::io("use io_uring for", &spec.path)(source)),
+        }
+    }
+}
+
+fn in_memory(backend: &dyn Backend) -> bool {
+    let kind = backend.plain().map(|plain| fstatfs(plain.file));
+    kind.is_some_and(|kind| kind.is_ok_and(|kind| kind.filesystem_type() == TMPFS_MAGIC))
+}
+
+/// This thread's way to `backend`, for requests whose buffers are in `memory`.
+pub fn channel<'m>(
+    backend: Arc<dyn Backend>,
+    engine: Engine,
+    memory: &'m GuestMemoryMmap,
+) -> Box<dyn Channel<'m> + 'm> {
+    if engine == Engine::IoUring {
+        match Uring::new(backend.clone(), memory) {
+            Ok(uring) => return Box::new(uring),
+            Err(error) => tracing::warn!(target: "rhyve::block", "io_uring, now: {error}"),
+        }
+    }
     Box::new(Inline::new(backend))
 }
 
@@ -26,12 +90,16 @@ impl Inline {
             done: VecDeque::new(),
         }
     }
+
+    pub(super) fn finish(&mut self, token: Token, result: io::Result<()>) {
+        self.done.push_back((token, result));
+    }
 }
 
 impl<'m> Channel<'m> for Inline {
     fn submit(&mut self, token: Token, request: Request<'m>) {
         let result = perform(&*self.backend, &request);
-        self.done.push_back((token, result));
+        self.finish(token, result);
     }
 
     fn complete(&mut self) -> Option<(Token, io::Result<()>)> {

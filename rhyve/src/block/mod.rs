@@ -26,6 +26,7 @@ pub mod qcow2;
 pub mod raw;
 #[cfg(test)]
 mod tests;
+pub mod uring;
 
 /// Unit of a disk's addresses, whatever its block size (virtio 1.3, 5.2.6).
 pub const SECTOR: u64 = 512;
@@ -123,9 +124,18 @@ pub trait Backend: Send + Sync {
 
     /// The file whose bytes are the disk's, one for one, if there is one that may be read and
     /// written without asking the backend.
-    fn file(&self) -> Option<&File> {
+    fn plain(&self) -> Option<Plain<'_>> {
         None
     }
+}
+
+/// A file that is a disk, byte for byte.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// Transfers and their buffers are at multiples of this, a power of two; 1 if it does not matter.
+    pub alignment: usize,
 }
 
 /// One thread's way to a [`Backend`]; dropping it waits for what is under way.

@@ -15,7 +15,7 @@ use nix::sys::stat::{major, minor};
 use vm_memory::VolatileSlice;
 use vmm_api::scatter;
 
-use super::{Backend, BlockError, Extent, Info, SECTOR, part, total_len};
+use super::{Backend, BlockError, Extent, Info, Plain, SECTOR, part, total_len};
 use crate::config::{BlockSpec, ImageFormat};
 
 /// Bytes that are copied at a time where the guest's buffers do not suit O_DIRECT.
@@ -190,8 +190,11 @@ impl Backend for Raw {
         }
     }
 
-    fn file(&self) -> Option<&File> {
-        self.alignment.is_none().then_some(&self.file)
+    fn plain(&self) -> Option<Plain<'_>> {
+        Some(Plain {
+            file: &self.file,
+            alignment: self.alignment.unwrap_or(1),
+        })
     }
 }
 

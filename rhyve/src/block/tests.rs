@@ -380,3 +380,17 @@ fn an_inline_channel_completes_in_order() {
     slice.copy_to(&mut bytes);
     assert_eq!(bytes, [7; 512]);
 }
+
+#[test]
+fn a_file_in_memory_is_served_by_threads() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = raw_image(&dir, "disk", SIZE);
+    let choose = |options: &str| {
+        let text = format!("{}{options}", path.display());
+        let spec = text.parse().unwrap();
+        engine::Engine::choose(&spec, &*super::open(&spec).unwrap()).unwrap()
+    };
+    assert_eq!(choose(""), engine::Engine::Threads);
+    assert_eq!(choose(",aio=threads").name(), "threads");
+    assert_eq!(choose(",snapshot"), engine::Engine::Threads);
+}

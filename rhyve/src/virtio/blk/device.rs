@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::config::{self, feature};
 use super::worker::{Work, Worker};
-use crate::block::{Backend, Info};
+use crate::block::engine::Engine;
+use crate::block::{Backend, BlockError, Info};
 use crate::config::BlockSpec;
 use crate::virtio::{Activation, DeviceError, QueueReset, VirtioDevice, Virtqueue, device_id};
 use crate::virtio::{Interrupts, feature as common};
@@ -52,7 +53,7 @@ pub(super) struct Shared {
 /// A disk.
 pub struct Blk {
     shared: Arc<Shared>,
-    spec: BlockSpec,
+    engine: Engine,
     queue_sizes: Vec<u16>,
     generation: AtomicU8,
     running: Mutex<Running>,
@@ -66,8 +67,16 @@ struct Running {
 
 impl Blk {
     /// A disk whose sectors are in `backend`, with this many queues.
-    pub fn new(spec: &BlockSpec, backend: Arc<dyn Backend>, queues: u16) -> Arc<Self> {
-        Arc::new(Self {
+    ///
+    /// # Errors
+    /// The engine that is asked for cannot be had.
+    pub fn new(
+        spec: &BlockSpec,
+        backend: Arc<dyn Backend>,
+        queues: u16,
+    ) -> Result<Arc<Self>, BlockError> {
+        let engine = Engine::choose(spec, &*backend)?;
+        Ok(Arc::new(Self {
             shared: Arc::new(Shared {
                 backend,
                 id: id(spec),
@@ -76,11 +85,16 @@ impl Blk {
                 legacy: AtomicBool::new(false),
                 counters: Counters::default(),
             }),
-            spec: spec.clone(),
+            engine,
             queue_sizes: vec![config::QUEUE_SIZE; queues.into()],
             generation: AtomicU8::new(0),
             running: Mutex::default(),
-        })
+        }))
+    }
+
+    /// Who moves its bytes.
+    pub fn engine(&self) -> Engine {
+        self.engine
     }
 
     /// What it has done so far.
@@ -115,7 +129,7 @@ impl Blk {
         };
         let work = Work {
             shared: self.shared.clone(),
-            engine: self.spec.engine,
+            engine: self.engine,
             queue,
             interrupts,
         };

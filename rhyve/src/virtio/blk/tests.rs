@@ -13,7 +13,8 @@ use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 use super::config::{feature, space};
 use super::device::Blk;
 use super::{MAX_DISCARD_SECTORS, QUEUE_SIZE};
-use crate::block::{self, Backend, Extent, Info};
+use crate::block::engine::Engine;
+use crate::block::{self, Backend, BlockError, Extent, Info};
 use crate::config::BlockSpec;
 use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor, Sent};
 use crate::virtio::{VirtioDevice, feature as common};
@@ -55,7 +56,7 @@ impl Rig {
     }
 
     fn of(dir: TempDir, spec: &BlockSpec, backend: Arc<dyn Backend>, features: u64) -> Self {
-        let device = Blk::new(spec, backend, 1);
+        let device = Blk::new(spec, backend, 1).unwrap();
         let driver = GuestDriver::new(QUEUE_SIZE);
         let interrupts = FakeInterrupts::new();
         let offered = device.features() | common::VERSION_1;
@@ -325,6 +326,11 @@ fn a_full_disk_and_a_broken_one_are_io_errors_for_every_change() {
     use nix::libc::{EIO, ENOSPC};
     for errno in [EIO, ENOSPC] {
         let (mut rig, _) = recording(Some(errno), u64::MAX);
+        assert_eq!(
+            rig.device.engine(),
+            Engine::Threads,
+            "a backend without a file"
+        );
         assert_eq!(rig.ask(OUT, 0, &[1; 512], 0).1, IOERR);
         assert_eq!(rig.ask(IN, 0, &[], 512).1, IOERR);
         assert_eq!(rig.ask(FLUSH, 0, &[], 0).1, IOERR);
@@ -386,6 +392,72 @@ fn a_reset_ends_the_work_and_a_driver_may_begin_again() {
     assert_eq!(rig.driver.received(&sent)[..512], [1; 512]);
 }
 
+/// Both engines, the second where this host has it.
+#[test]
+fn many_requests_are_under_way_and_each_has_its_own_answer() {
+    for options in [",aio=threads", "", ",nocache"] {
+        let mut rig = Rig::new(options);
+        for round in 0..20u64 {
+            let write = |sector: u64| {
+                [
+                    Buffer::Readable(header(OUT, sector)),
+                    Buffer::Readable(vec![(round + sector) as u8; 512]),
+                    Buffer::Writable(1),
+                ]
+            };
+            (0..40).for_each(|sector| drop(rig.driver.send(&write(sector))));
+            let beyond = rig.driver.send(&write(SECTORS));
+            let flush = [Buffer::Readable(header(FLUSH, 0)), Buffer::Writable(1)];
+            rig.driver.send(&flush);
+            rig.driver.kick();
+            (0..42).for_each(|_| assert_eq!(rig.driver.wait_used().1, 1));
+            assert_eq!(rig.driver.received(&beyond), [IOERR]);
+            let content = rig.content();
+            let sectors = (0..40).zip(content.chunks(512));
+            for (sector, found) in sectors {
+                assert!(found.iter().all(|byte| *byte == (round + sector) as u8));
+            }
+        }
+        assert_eq!(rig.device.counters().writes.load(Relaxed), 800);
+        assert_eq!(rig.device.counters().flushes.load(Relaxed), 20);
+    }
+}
+
+#[test]
+fn a_reset_waits_for_what_is_under_way() {
+    for options in [",aio=threads", ""] {
+        for _ in 0..50 {
+            let mut rig = Rig::new(options);
+            let sent: Vec<_> = (0..60)
+                .map(|i| {
+                    let header = Buffer::Readable(header(IN, i));
+                    rig.driver
+                        .send(&[header, Buffer::Writable(8192), Buffer::Writable(1)])
+                })
+                .collect();
+            rig.driver.kick();
+            rig.device.reset();
+            let look = || -> Vec<_> { sent.iter().map(|s| rig.driver.received(s)).collect() };
+            let then = look();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            assert!(then == look(), "memory changed after the reset");
+        }
+    }
+}
+
+#[test]
+fn what_has_no_file_of_its_own_has_no_io_uring() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(SIZE as u64).unwrap();
+    let text = format!("{},snapshot,aio=io_uring", path.display());
+    let spec: BlockSpec = text.parse().unwrap();
+    let refused = Blk::new(&spec, block::open(&spec).unwrap(), 1)
+        .err()
+        .unwrap();
+    assert!(matches!(refused, BlockError::Io { .. }), "{refused}");
+}
+
 #[test]
 fn single_queues_stop_and_start() {
     let mut rig = Rig::new("");
@@ -404,7 +476,7 @@ fn queues_work_side_by_side() {
     let path = dir.path().join("disk");
     File::create(&path).unwrap().set_len(SIZE as u64).unwrap();
     let spec: BlockSpec = path.display().to_string().parse().unwrap();
-    let device = Blk::new(&spec, block::open(&spec).unwrap(), 4);
+    let device = Blk::new(&spec, block::open(&spec).unwrap(), 4).unwrap();
     assert_eq!(device.queue_sizes(), [QUEUE_SIZE; 4]);
     assert_eq!(device.features() & feature::MQ, feature::MQ);
     let interrupts = FakeInterrupts::new();
@@ -544,9 +616,10 @@ proptest! {
     #[test]
     fn requests_do_to_the_disk_what_they_do_to_an_array(
         asks in prop::collection::vec((ask(), layout()), 1..30),
-        snapshot: bool,
+        options in prop::sample::select(vec![",aio=threads", "", ",nocache", ",snapshot", ",sync"]),
     ) {
-        let mut rig = Rig::new(if snapshot { ",snapshot" } else { "" });
+        let snapshot = options == ",snapshot";
+        let mut rig = Rig::new(options);
         let mut model = vec![0u8; SIZE];
         for (ask, layout) in asks {
             let range = |sector: u64, count: usize| {

@@ -13,14 +13,14 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::device::Shared;
 use super::request::{Action, BlkRequest, Rules, Status};
-use crate::block::{Channel, Operation, Token, engine, total_len};
-use crate::config::AioEngine;
+use crate::block::engine::{self, Engine};
+use crate::block::{Channel, Operation, Token, total_len};
 use crate::virtio::{Chain, Interrupts, Virtqueue};
 
 /// What a worker needs.
 pub(super) struct Work {
     pub shared: Arc<Shared>,
-    pub engine: AioEngine,
+    pub engine: Engine,
     pub queue: Virtqueue,
     pub interrupts: Arc<dyn Interrupts>,
 }
@@ -85,7 +85,7 @@ impl Drop for Worker {
 impl Work {
     fn run(self, stop: &Stop) {
         let memory = self.queue.memory().clone();
-        let mut channel = engine::channel(self.shared.backend.clone(), self.engine);
+        let mut channel = engine::channel(self.shared.backend.clone(), self.engine, &memory);
         let mut queue = Serving {
             shared: &self.shared,
             queue: self.queue,
