@@ -176,6 +176,13 @@ pub fn load(root: &Root, job: &Job, progress: &mut Progress) -> Result<Loaded, L
         kernel: &kernel,
         initrd: initrd.as_ref().map(|(_, file)| file),
     };
+    if let Err(error) = vm.check_memory(&memory) {
+        // A VM that was there keeps what it holds.
+        if fresh {
+            vm.destroy()?;
+        }
+        return Err(error.into());
+    }
     let filled = fill(&mut vm, job, &memory, &plan, &files, progress);
     if let Err(error) = filled {
         abandon(vm, fresh);

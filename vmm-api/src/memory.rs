@@ -489,17 +489,17 @@ pub(crate) fn allocate(file: &File, offset: u64, len: u64) -> Result<(), Errno> 
     }
 }
 
-/// Bytes that the file system of `file` can hold in all, or none if it has no limit.
-pub(crate) fn capacity(file: &File) -> Result<Option<u64>, Errno> {
-    let stat = nix::sys::statvfs::fstatvfs(file)?;
+/// Bytes that the file system of `place` can hold in all, or none if it has no limit.
+pub(crate) fn capacity(place: &impl AsFd) -> Result<Option<u64>, Errno> {
+    let stat = nix::sys::statvfs::fstatvfs(place)?;
     let bytes = stat.blocks().saturating_mul(stat.fragment_size());
     Ok((bytes != 0).then_some(bytes))
 }
 
 /// Refuses lengths that hugetlbfs would answer with a bare EINVAL: it has only whole huge pages, and
 /// highmem begins in the file where lowmem ends.
-pub(crate) fn check_huge_pages(file: &File, layout: MemoryLayout) -> Result<(), MemoryError> {
-    let stat = nix::sys::statfs::fstatfs(file).map_err(|e| MemoryError::Map(e.into()))?;
+pub(crate) fn check_huge_pages(place: &impl AsFd, layout: MemoryLayout) -> Result<(), MemoryError> {
+    let stat = nix::sys::statfs::fstatfs(place).map_err(|e| MemoryError::Map(e.into()))?;
     // hugetlbfs's block is its huge page (fs/hugetlbfs/inode.c, hugetlbfs_statfs).
     let page = u64::try_from(stat.block_size()).unwrap_or(0).max(1);
     let whole = layout.lowmem.is_multiple_of(page) && layout.highmem.is_multiple_of(page);

@@ -107,6 +107,8 @@ impl LockedVm {
         };
         let layout = setup.layout;
         layout.validate().map_err(memory)?;
+        // What can never fit is refused while the old memory is still there.
+        self.check_memory(setup)?;
         self.remove_memory(state)?;
         state.machine.memory = MemoryLayout::default();
         state.machine.mem_path = setup.path.clone();
@@ -143,24 +145,7 @@ impl LockedVm {
                 return Err(io(error));
             }
         };
-        let segment = |room: u64| {
-            if layout.lowmem > room {
-                "lowmem"
-            } else {
-                "highmem"
-            }
-        };
-        let made = match capacity(&file).map_err(io)? {
-            Some(room) if layout.total() > room => Err(VmError::TooLarge {
-                segment: segment(room),
-                needed: layout.total() >> 20,
-                available: room >> 20,
-                path: place.clone(),
-            }),
-            _ => check_huge_pages(&file, layout)
-                .map_err(memory)
-                .and_then(|()| file.set_len(layout.total()).map_err(|e| io(errno(&e)))),
-        };
+        let made = file.set_len(layout.total()).map_err(|e| io(errno(&e)));
         let made = made.and_then(|()| {
             if setup.wire {
                 wire(&file, layout, &place)
@@ -176,6 +161,41 @@ impl LockedVm {
         state.machine.memory = layout;
         state.machine.wired = setup.wire;
         Ok(())
+    }
+
+    /// Checks that memory of this size can lie where it is to lie at all, changing nothing.
+    ///
+    /// # Errors
+    ///
+    /// It is larger than its file system, or no whole number of its huge pages.
+    pub fn check_memory(&self, setup: &MemorySetup) -> Result<(), VmError> {
+        let layout = setup.layout;
+        let path = setup.path.as_ref().unwrap_or(&self.path);
+        let io = |source| VmError::Io {
+            action: "look at this directory",
+            path: path.clone(),
+            source,
+        };
+        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let place = nix::fcntl::open(path, flags, Mode::empty()).map_err(io)?;
+        if let Some(room) = capacity(&place).map_err(io)?
+            && layout.total() > room
+        {
+            return Err(VmError::TooLarge {
+                segment: if layout.lowmem > room {
+                    "lowmem"
+                } else {
+                    "highmem"
+                },
+                needed: layout.total() >> 20,
+                available: room >> 20,
+                path: path.clone(),
+            });
+        }
+        check_huge_pages(&place, layout).map_err(|source| VmError::Memory {
+            name: self.name.clone(),
+            source,
+        })
     }
 
     /// Maps the RAM, writable.

@@ -113,6 +113,25 @@ fn memory_larger_than_its_file_system_is_refused() {
 }
 
 #[test]
+fn a_size_that_can_never_fit_leaves_the_old_memory() {
+    let place = place();
+    let mut vm = Vm::create(&place.root, &name(), "test").unwrap();
+    let mut state = vm.load_state().unwrap();
+    vm.setup_memory(&mut state, &setup(1 << 20)).unwrap();
+    vm.map_memory(&state)
+        .unwrap()
+        .write(0x1000, b"ram")
+        .unwrap();
+    let before = state.clone();
+    vm.setup_memory(&mut state, &setup(1 << 45)).unwrap_err();
+    assert_eq!(state, before);
+    let mut bytes = [0; 3];
+    let memory = vm.open_memory(&state).unwrap();
+    memory.read(0x1000, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"ram");
+}
+
+#[test]
 fn wired_memory_is_allocated_and_memory_elsewhere_goes_with_the_object() {
     let place = place();
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
