@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use support::{CODE, real_mode, vcpu};
 use vmm_api::exit::{Direction, ExitKind, PortAccess, VmExit};
+use vmm_api::inspect::IntInfo;
 
 fn port(direction: Direction, port: u16, size: u8, count: u32) -> VmExit {
     VmExit::Port(PortAccess {
@@ -86,4 +87,38 @@ fn a_kick_is_never_lost() {
         }
         kicker.join().unwrap();
     }
+}
+
+#[test]
+fn details_are_told_and_events_are_put_in() {
+    // mov dx, 0x80; in al, dx; hlt
+    let (mut vcpu, _) = vcpu(&[0xba, 0x80, 0x00, 0xec, 0xf4]);
+    let detail = vcpu.detail().unwrap();
+    assert_eq!(detail.exit, None);
+    assert_eq!(detail.apic_base & 0xffff_f900, 0xfee0_0900);
+    assert_eq!(detail.pat, 0x0007_0406_0007_0406);
+    assert_eq!(detail.capabilities.get("hlt_exit"), Some(&true));
+    vcpu.set_x2apic(true).unwrap();
+    assert!(vcpu.detail().unwrap().x2apic());
+    let captured = vcpu.capture().unwrap();
+    vcpu.set_x2apic(false).unwrap();
+    assert!(!vcpu.detail().unwrap().x2apic());
+    vcpu.restore(&captured).unwrap();
+    assert!(vcpu.detail().unwrap().x2apic(), "restored");
+
+    assert_eq!(vcpu.run().unwrap(), port(Direction::In, 0x80, 1, 1));
+    assert_eq!(vcpu.complete().unwrap(), VmExit::Interrupted);
+    let exit = vcpu.detail().unwrap().exit.unwrap();
+    assert_eq!((exit.reason, &*exit.name), (2, "inout"));
+    vcpu.inject_exception(13, Some(0x18)).unwrap();
+    let current = IntInfo::current(&vcpu.detail().unwrap().events).unwrap();
+    assert_eq!(current.to_string(), "exception vector 13 errcode 0x18");
+    for vector in [2, 32] {
+        assert!(vcpu.inject_exception(vector, None).is_err());
+    }
+    assert!(vcpu.inject_exception(13, None).is_err(), "one at a time");
+    assert!(vcpu.lapic_local_irq(7).is_err());
+    // LINT1, which is wired to NMI.
+    vcpu.lapic_local_irq(2).unwrap();
+    assert!(vcpu.detail().unwrap().events.nmi_pending);
 }

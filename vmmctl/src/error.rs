@@ -4,8 +4,10 @@ use std::process::ExitCode;
 
 use vmm_api::control::{ClientError, Refusal};
 use vmm_api::name::VmName;
+use vmm_api::pagewalk::WalkError;
 use vmm_api::regs::RegError;
 use vmm_api::root::RootError;
+use vmm_api::state::StateError;
 use vmm_api::vm::VmError;
 
 /// How the program ends.
@@ -72,6 +74,50 @@ pub enum Error {
     /// Asked for something that KVM does not show. The names are the options'.
     #[error("not available through KVM, which shows no field of a VMCS or VMCB: {}", .0.join(" "))]
     Unavailable(Vec<String>),
+    /// This machine's KVM, or this VM so far, has nothing to tell.
+    #[error("{vm}: {option} is not available through this machine's KVM, or not yet")]
+    Unknown {
+        /// The VM.
+        vm: VmName,
+        /// What was asked for.
+        option: &'static str,
+    },
+    /// KVM has it fixed.
+    #[error("{vm}: capability {name} {}", match is {
+        Some(true) => "is set, and KVM lets nobody clear it",
+        Some(false) => "is not set, and KVM lets nobody set it",
+        None => "is not available through KVM",
+    })]
+    Capability {
+        /// The VM.
+        vm: VmName,
+        /// bhyve's name of it.
+        name: String,
+        /// Whether it is set.
+        is: Option<bool>,
+    },
+    /// The VM has no clock so far.
+    #[error("{0} has no CMOS clock yet: run it, or set it with --set-rtc-time or --set-rtc-nvram")]
+    NoClock(VmName),
+    /// There is no such processor to be pinned to.
+    #[error("this machine has no processor {0}: see lscpu(1)")]
+    NoHostCpu(usize),
+    /// An address leads nowhere.
+    #[error("{vm}")]
+    Walk {
+        /// The VM.
+        vm: VmName,
+        /// Why.
+        source: WalkError,
+    },
+    /// The stored state of a device is of no use.
+    #[error("{vm}")]
+    State {
+        /// The VM.
+        vm: VmName,
+        /// What is wrong.
+        source: StateError,
+    },
     /// rhyve cannot be started.
     #[error("cannot start {program}")]
     Run {
@@ -87,6 +133,8 @@ impl Error {
     pub fn status(&self) -> Status {
         match self {
             Self::Unavailable(_)
+            | Self::Unknown { .. }
+            | Self::Capability { .. }
             | Self::Register {
                 source: RegError::Unavailable(_),
                 ..

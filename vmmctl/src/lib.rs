@@ -1,6 +1,7 @@
 //! Shows and changes what the hypervisor knows of a virtual machine: 2012's vmmctl.
 //!
-//! [`cli`] reads the options into a plan; [`work`] does it in 2012's order, on a VM that [`target`]
+//! [`cli`] reads the options into a plan; [`work`] does it in 2012's order ([`detail`] what goes
+//! beyond registers), on a VM that [`target`]
 //! found stored in its object or running behind its control socket; [`output`] gathers what there is
 //! to say, as text or as one JSON object. [`list`] and [`host`] are the two reports that are about no
 //! single VM.
@@ -8,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod detail;
 pub mod error;
 pub mod host;
 pub mod list;

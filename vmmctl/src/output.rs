@@ -51,6 +51,12 @@ impl Output {
         self.done.push(step.into());
     }
 
+    /// A line of text.
+    pub fn line(&mut self, line: &str) {
+        self.text += line;
+        self.text.push('\n');
+    }
+
     /// A segment of memory: guest-physical address and length in bytes.
     pub fn memory(&mut self, name: &str, gpa: u64, len: u64) {
         self.text += &format!("{name}\t{gpa:#018x}/{len:#018x}\n");
@@ -159,6 +165,6 @@ impl Output {
 }
 
 /// A number as it stands in vm.json.
-fn hex(value: u64) -> Value {
+pub(crate) fn hex(value: u64) -> Value {
     format!("{value:#x}").into()
 }

@@ -1,9 +1,12 @@
 //! Where a VM's registers are: stored in its object, or in a `rhyve` behind the control socket.
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vmm_api::control::{Change, Client, ClientError, Refusal};
-use vmm_api::memory::MemoryLayout;
+use vmm_api::control::{Change, Client, ClientError, Refusal, RtcState};
+use vmm_api::inspect::{CmosState, MSR_APIC_BASE, MachineDetail, VcpuDetail, with_x2apic};
+use vmm_api::memory::{MemFile, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::regs::Registers;
 use vmm_api::root::Root;
@@ -58,6 +61,62 @@ pub trait VcpuAccess {
     /// There is no such vCPU, or the VM does not run.
     fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error>;
 
+    /// What one vCPU has beyond registers.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it cannot be asked.
+    fn vcpu_detail(&mut self, vcpu: u32) -> Result<VcpuDetail, Error>;
+
+    /// What the machine is made of.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn machine_detail(&mut self) -> Result<MachineDetail, Error>;
+
+    /// Lets a vCPU run on these host processors only; on any, if there are none.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or no such processor.
+    fn pin(&mut self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Error>;
+
+    /// Turns a local APIC's x2APIC mode on or off.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it has no x2APIC.
+    fn set_x2apic(&mut self, vcpu: u32, on: bool) -> Result<(), Error>;
+
+    /// What the CMOS clock shows and holds.
+    ///
+    /// # Errors
+    ///
+    /// There is none yet.
+    fn rtc(&mut self) -> Result<RtcState, Error>;
+
+    /// Sets the CMOS clock: seconds since 1970 in its own time zone.
+    ///
+    /// # Errors
+    ///
+    /// The VM cannot be changed.
+    fn set_rtc_time(&mut self, seconds: i64) -> Result<(), Error>;
+
+    /// Writes a byte of the CMOS memory.
+    ///
+    /// # Errors
+    ///
+    /// The VM cannot be changed.
+    fn set_rtc_nvram(&mut self, offset: u8, value: u8) -> Result<(), Error>;
+
+    /// Guest memory, to be looked at.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    fn open_memory(&mut self) -> Result<MemFile, Error>;
+
     /// The connection to a VM that runs.
     ///
     /// # Errors
@@ -80,7 +139,7 @@ pub fn open<'a>(root: &'a Root, name: &VmName) -> Result<Box<dyn VcpuAccess + 'a
             None => return Ok(Box::new(Stored { root, vm })),
             Some(holder) if holder.program == PROGRAM => return Ok(Box::new(Stored { root, vm })),
             Some(holder) if holder.program == "rhyve" => match Client::connect(&vm) {
-                Ok(client) => return Ok(Box::new(Live { client })),
+                Ok(client) => return Ok(Box::new(Live { client, vm })),
                 Err(ClientError::Absent(_)) if Instant::now() < deadline => {}
                 Err(error) => return Err(error.into()),
             },
@@ -153,6 +212,24 @@ impl Stored<'_> {
         Ok(self.vm.load_state()?)
     }
 
+    /// Changes the stored state, whole or not at all.
+    fn change(
+        &self,
+        change: impl FnOnce(&Self, &mut VmState) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut locked = lock(self.root, self.vm.name())?;
+        let mut state = locked.load_state()?;
+        change(self, &mut state)?;
+        Ok(locked.store(&mut state)?)
+    }
+
+    fn cmos(&self, state: &VmState) -> Result<Option<CmosState>, Error> {
+        CmosState::stored(state).map_err(|source| Error::State {
+            vm: self.vm.name().clone(),
+            source,
+        })
+    }
+
     /// Index of a vCPU that there is.
     fn index(&self, state: &VmState, vcpu: u32) -> Result<usize, Error> {
         let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
@@ -183,19 +260,86 @@ impl VcpuAccess for Stored<'_> {
     }
 
     fn update(&mut self, vcpu: u32, changes: Vec<Change>) -> Result<(), Error> {
-        let mut locked = lock(self.root, self.vm.name())?;
-        let mut state = locked.load_state()?;
+        self.change(|me, state| {
+            let index = me.index(state, vcpu)?;
+            let registers = &mut state.vcpus[index].registers;
+            *registers =
+                Change::apply_all(&changes, registers).map_err(|source| Error::Register {
+                    vm: me.vm.name().clone(),
+                    source,
+                })?;
+            if state.phase == Phase::Created {
+                // Loaded by hand.
+                state.phase = Phase::Loaded;
+            }
+            Ok(())
+        })
+    }
+
+    fn vcpu_detail(&mut self, vcpu: u32) -> Result<VcpuDetail, Error> {
+        let state = self.state()?;
         let index = self.index(&state, vcpu)?;
-        let registers = &mut state.vcpus[index].registers;
-        *registers = Change::apply_all(&changes, registers).map_err(|source| Error::Register {
-            vm: self.vm.name().clone(),
-            source,
-        })?;
-        if state.phase == Phase::Created {
-            // Loaded by hand.
-            state.phase = Phase::Loaded;
+        Ok(VcpuDetail::stored(vcpu, &state.vcpus[index]))
+    }
+
+    fn machine_detail(&mut self) -> Result<MachineDetail, Error> {
+        Ok(MachineDetail::stored(&self.state()?))
+    }
+
+    fn pin(&mut self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Error> {
+        for &cpu in cpus {
+            if !Path::new(&format!("/sys/devices/system/cpu/cpu{cpu}")).exists() {
+                return Err(Error::NoHostCpu(cpu));
+            }
         }
-        Ok(locked.store(&mut state)?)
+        self.change(|me, state| {
+            let index = me.index(state, vcpu)?;
+            state.vcpus[index].pinning.clone_from(cpus);
+            Ok(())
+        })
+    }
+
+    fn set_x2apic(&mut self, vcpu: u32, on: bool) -> Result<(), Error> {
+        self.change(|me, state| {
+            let index = me.index(state, vcpu)?;
+            let now = VcpuDetail::stored(vcpu, &state.vcpus[index]).apic_base;
+            let msrs = &mut state.vcpus[index].msrs;
+            msrs.insert(MSR_APIC_BASE, with_x2apic(now, on));
+            Ok(())
+        })
+    }
+
+    fn rtc(&mut self) -> Result<RtcState, Error> {
+        let cmos = self.cmos(&self.state()?)?;
+        let cmos = cmos.ok_or_else(|| Error::NoClock(self.vm.name().clone()))?;
+        Ok(RtcState {
+            seconds: cmos.seconds(),
+            nvram: cmos.nvram,
+        })
+    }
+
+    fn set_rtc_time(&mut self, seconds: i64) -> Result<(), Error> {
+        self.change(|me, state| {
+            let mut cmos = me.cmos(state)?.unwrap_or_default();
+            cmos.set_seconds(seconds);
+            cmos.store(state);
+            Ok(())
+        })
+    }
+
+    fn set_rtc_nvram(&mut self, offset: u8, value: u8) -> Result<(), Error> {
+        self.change(|me, state| {
+            let mut cmos = me.cmos(state)?.unwrap_or_default();
+            if let Some(byte) = cmos.nvram.get_mut(usize::from(offset)) {
+                *byte = value;
+            }
+            cmos.store(state);
+            Ok(())
+        })
+    }
+
+    fn open_memory(&mut self) -> Result<MemFile, Error> {
+        Ok(self.vm.open_memory(&self.state()?)?)
     }
 
     fn stats(&mut self, _: u32) -> Result<(VcpuStats, VmStats), Error> {
@@ -210,6 +354,7 @@ impl VcpuAccess for Stored<'_> {
 /// A VM that runs: its control socket.
 struct Live {
     client: Client,
+    vm: Vm,
 }
 
 impl VcpuAccess for Live {
@@ -227,6 +372,38 @@ impl VcpuAccess for Live {
 
     fn update(&mut self, vcpu: u32, changes: Vec<Change>) -> Result<(), Error> {
         Ok(self.client.update(vcpu, changes)?)
+    }
+
+    fn vcpu_detail(&mut self, vcpu: u32) -> Result<VcpuDetail, Error> {
+        Ok(self.client.vcpu_detail(vcpu)?)
+    }
+
+    fn machine_detail(&mut self) -> Result<MachineDetail, Error> {
+        Ok(self.client.machine_detail()?)
+    }
+
+    fn pin(&mut self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Error> {
+        Ok(self.client.pin(vcpu, cpus.clone())?)
+    }
+
+    fn set_x2apic(&mut self, vcpu: u32, on: bool) -> Result<(), Error> {
+        Ok(self.client.set_x2apic(vcpu, on)?)
+    }
+
+    fn rtc(&mut self) -> Result<RtcState, Error> {
+        Ok(self.client.rtc()?)
+    }
+
+    fn set_rtc_time(&mut self, seconds: i64) -> Result<(), Error> {
+        Ok(self.client.set_rtc_time(seconds)?)
+    }
+
+    fn set_rtc_nvram(&mut self, offset: u8, value: u8) -> Result<(), Error> {
+        Ok(self.client.set_rtc_nvram(offset, value)?)
+    }
+
+    fn open_memory(&mut self) -> Result<MemFile, Error> {
+        Ok(self.vm.open_memory(&self.vm.load_state()?)?)
     }
 
     fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error> {

@@ -4,14 +4,15 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::Command;
 use std::time::Duration;
 
-use vmm_api::control::Change;
-use vmm_api::memory::{HIGHMEM_BASE, MemSize};
+use vmm_api::control::{Change, Event};
+use vmm_api::memory::{HIGHMEM_BASE, MemSize, MemoryLayout};
 use vmm_api::regs::{Reg, RegError, Registers, SegReg};
 use vmm_api::root::Root;
 use vmm_api::state::Phase;
 use vmm_api::vm::MemorySetup;
 
-use crate::cli::{End, Gets, Work};
+use crate::cli::{End, Gets, Sets, Work};
+use crate::detail;
 use crate::error::{Error, Status};
 use crate::output::Output;
 use crate::target::{self, VcpuAccess};
@@ -34,13 +35,15 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         target::create(&root, &work.vm)?;
         output.done("create");
     }
-    if work.lowmem.is_some() || work.highmem.is_some() {
+    if work.lowmem.is_some() || work.highmem.is_some() || work.mem.is_some() {
         set_memory(&root, work)?;
         output.done("set-memory");
     }
     let changes = !work.registers.is_empty() || !work.descriptors.is_empty();
-    let live = work.pause || work.nmi || work.resume || work.end.is_some();
-    if changes || live || work.gets != Gets::default() {
+    let events = work.nmi || work.lapic_lvt.is_some();
+    let live = work.pause || events || work.resume || work.end.is_some();
+    let sets = work.sets != Sets::default();
+    if changes || sets || live || work.gets != Gets::default() {
         let mut access = target::open(&root, &work.vm)?;
         output.field("cpu", work.cpu);
         if work.pause {
@@ -51,8 +54,14 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
             update(&mut *access, work)?;
             output.done("set");
         }
+        detail::set(&mut *access, work, output)?;
         output.field("phase", access.phase()?);
         get(&mut *access, work, output)?;
+        if let Some(pin) = work.lapic_lvt {
+            let event = Event::LocalPin { pin };
+            access.live()?.inject(work.cpu, event)?;
+            output.done("assert-lapic-lvt");
+        }
         if work.nmi {
             access.live()?.nmi(work.cpu)?;
             output.done("inject-nmi");
@@ -99,6 +108,9 @@ fn set_memory(root: &Root, work: &Work) -> Result<(), Error> {
     let round = |size: MemSize| size.0.checked_next_multiple_of(2 << 20).unwrap_or(u64::MAX);
     layout.lowmem = work.lowmem.map_or(layout.lowmem, round);
     layout.highmem = work.highmem.map_or(layout.highmem, round);
+    if let Some(size) = work.mem {
+        layout = MemoryLayout::split(MemSize(round(size)));
+    }
     if layout == state.machine.memory {
         return Ok(());
     }
@@ -146,10 +158,12 @@ fn get(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<
             output.memory("highmem", HIGHMEM_BASE, memory.highmem);
         }
     }
+    detail::memory(access, work, output)?;
     if gets.all || !gets.registers.is_empty() || !gets.descriptors.is_empty() {
         let registers = access.registers(work.cpu)?;
         show(&registers, work, output)?;
     }
+    detail::show(access, work, output)?;
     if gets.stats {
         let (vcpu, vm) = access.stats(work.cpu)?;
         output.stats(work.cpu, &vcpu, &vm);

@@ -1,17 +1,22 @@
 //! What the tests share: a root of their own, vmmctl as a process, and a VM that seems to run.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use assert_cmd::Command;
 use tempfile::TempDir;
-use vmm_api::control::{Change, ControlTarget, Refusal, RunPhase, Server, Status};
+use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase, Server, Status};
+use vmm_api::inspect::{
+    CmosState, LastExit, MachineDetail, MemoryMap, Region, VcpuDetail, with_x2apic,
+};
 use vmm_api::memory::{MemSize, MemoryLayout};
 use vmm_api::regs::Registers;
 use vmm_api::root::Root;
-use vmm_api::state::VmState;
+use vmm_api::state::{Hex, VcpuEvents, VcpuState, VmState};
 use vmm_api::stats::{Stat, StatKind, StatUnit, VcpuStats, VmStats};
+use vmm_api::topology::Topology;
 use vmm_api::vm::{LockedVm, MemorySetup, Vm};
 
 /// A root that goes away with it.
@@ -99,6 +104,9 @@ impl Bench {
         let machine = Arc::new(Machine {
             inner: Mutex::new(Inner {
                 vcpus: [Registers::reset(), Registers::reset()],
+                pinning: Default::default(),
+                x2apic: false,
+                cmos: CmosState::default(),
                 phase: RunPhase::Running,
                 said: Vec::new(),
             }),
@@ -118,6 +126,9 @@ pub struct Machine {
 
 pub struct Inner {
     pub vcpus: [Registers; 2],
+    pub pinning: BTreeSet<usize>,
+    pub x2apic: bool,
+    pub cmos: CmosState,
     pub phase: RunPhase,
     pub said: Vec<String>,
 }
@@ -215,6 +226,76 @@ impl ControlTarget for Machine {
 
     fn nmi(&self, vcpu: u32) -> Result<(), Refusal> {
         self.say(&format!("nmi {vcpu}"))
+    }
+
+    fn vcpu_detail(&self, vcpu: u32) -> Result<VcpuDetail, Refusal> {
+        self.registers(vcpu)?;
+        let inner = self.inner.lock().unwrap();
+        let stored = VcpuDetail::stored(vcpu, &VcpuState::reset());
+        Ok(VcpuDetail {
+            apic_base: with_x2apic(stored.apic_base, inner.x2apic),
+            events: VcpuEvents {
+                interrupt: Some(48),
+                exception: Some(14),
+                exception_error: Some(2),
+                exception_pending: true,
+                ..VcpuEvents::default()
+            },
+            // As on a KVM that does not tell it of the second.
+            tsc_offset: (vcpu == 0).then_some(Hex(0xffff_ffff_0000_0000)),
+            exit: Some(LastExit {
+                reason: 2,
+                name: "inout".into(),
+            }),
+            pinning: inner.pinning.clone(),
+            capabilities: [("hlt_exit".into(), true), ("rdpid".into(), false)].into(),
+            ..stored
+        })
+    }
+
+    fn machine_detail(&self) -> Result<MachineDetail, Refusal> {
+        let mut state = VmState::created();
+        state.machine.memory = self.status().memory;
+        let devices = [Region::device("ioapic", 0xfec0_0000, 0x1000)];
+        let held = self.status().phase == RunPhase::Paused;
+        Ok(MachineDetail {
+            topology: Topology::packages(2),
+            max_vcpus: Some(1024),
+            active: [0, 1].into(),
+            suspended: if held { [0, 1].into() } else { [].into() },
+            memory_map: MemoryMap::new(state.machine.memory, false, &devices),
+        })
+    }
+
+    fn pin(&self, _: u32, cpus: &BTreeSet<usize>) -> Result<(), Refusal> {
+        self.inner.lock().unwrap().pinning = cpus.clone();
+        Ok(())
+    }
+
+    fn set_x2apic(&self, _: u32, on: bool) -> Result<(), Refusal> {
+        self.inner.lock().unwrap().x2apic = on;
+        Ok(())
+    }
+
+    fn inject(&self, vcpu: u32, event: Event) -> Result<(), Refusal> {
+        self.say(&format!("{event:?} for {vcpu}"))
+    }
+
+    fn rtc(&self) -> Result<RtcState, Refusal> {
+        let inner = self.inner.lock().unwrap();
+        Ok(RtcState {
+            seconds: 1_334_102_398,
+            nvram: inner.cmos.nvram.clone(),
+        })
+    }
+
+    fn set_rtc_time(&self, seconds: i64) -> Result<(), Refusal> {
+        self.say(&format!("time {seconds}"))
+    }
+
+    fn set_rtc_nvram(&self, offset: u8, value: u8) -> Result<(), Refusal> {
+        self.inner.lock().unwrap().cmos.nvram[usize::from(offset)] = value;
+        Ok(())
     }
 }
 

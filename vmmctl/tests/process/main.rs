@@ -3,5 +3,6 @@
 #![cfg(test)]
 
 mod common;
+mod detail;
 mod live;
 mod stored;

@@ -3,17 +3,24 @@
 //! The options for registers and descriptors are made from vmm-api's lists of them, hidden from the
 //! help and described there in one paragraph; shells complete them all the same.
 
-use std::sync::LazyLock;
-
 use clap::builder::{IntoResettable, ValueParser};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 use vmm_api::memory::MemSize;
 use vmm_api::name::VmName;
-use vmm_api::regs::{Access, Reg, Registers, SegReg};
+use vmm_api::regs::{Access, Reg, SegReg};
 
 use crate::number;
+
+mod detail;
+mod help;
+mod names;
+
+pub use detail::{Detail, Sets, Show};
+
+use help::details;
+use names::{DESCRIPTORS, REGISTERS, UNAVAILABLE_GETS, UNAVAILABLE_SETS};
 
 /// What a command line comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +55,8 @@ pub struct Work {
     pub lowmem: Option<MemSize>,
     /// New size of highmem.
     pub highmem: Option<MemSize>,
+    /// New size of all memory, to be split at 3 GiB.
+    pub mem: Option<MemSize>,
     /// Hold its vCPUs.
     pub pause: bool,
     /// New values of registers.
@@ -56,10 +65,14 @@ pub struct Work {
     pub descriptors: Vec<SegReg>,
     /// What is known of that part.
     pub desc: Desc,
+    /// What else is to be changed.
+    pub sets: Sets,
     /// What is to be shown.
     pub gets: Gets,
     /// Options that set what KVM does not show.
     pub unavailable_sets: Vec<String>,
+    /// Assert this pin of the local APIC.
+    pub lapic_lvt: Option<u32>,
     /// Inject an NMI.
     pub nmi: bool,
     /// Let its vCPUs go on.
@@ -96,6 +109,8 @@ pub struct Gets {
     pub registers: Vec<Reg>,
     /// These segments' hidden parts.
     pub descriptors: Vec<SegReg>,
+    /// What a vCPU and its machine have beyond registers.
+    pub details: Detail,
     /// Statistics.
     pub stats: bool,
     /// Options that ask for what KVM does not show.
@@ -111,159 +126,6 @@ pub enum End {
     Reset,
     /// As if its plug were pulled.
     PowerOff,
-}
-
-/// An option's names for getting and setting one thing.
-struct Named<T> {
-    what: T,
-    get: String,
-    set: Option<String>,
-}
-
-static REGISTERS: LazyLock<Vec<Named<Reg>>> = LazyLock::new(|| {
-    let settable = |reg| Registers::reset().set(reg, 0).is_ok();
-    Reg::all()
-        .map(|reg| {
-            let name = reg.name().replace('_', "-");
-            Named {
-                what: reg,
-                get: format!("get-{name}"),
-                set: settable(reg).then(|| format!("set-{name}")),
-            }
-        })
-        .collect()
-});
-
-static DESCRIPTORS: LazyLock<Vec<Named<SegReg>>> = LazyLock::new(|| {
-    SegReg::ALL
-        .map(|seg| Named {
-            what: seg,
-            get: format!("get-desc-{seg}"),
-            set: Some(format!("set-desc-{seg}")),
-        })
-        .into()
-});
-
-/// vmmctl's and bhyvectl's options for fields of the VMCS (Intel) and the VMCB and AVIC (AMD): KVM
-/// keeps these to itself.
-const UNAVAILABLE_GETS: &[&str] = &[
-    "get-vmcs-pinbased-ctls",
-    "get-vmcs-procbased-ctls",
-    "get-vmcs-procbased-ctls2",
-    "get-vmcs-entry-interruption-info",
-    "get-vmcs-eptp",
-    "get-vmcs-guest-physical-address",
-    "get-vmcs-guest-linear-address",
-    "get-vmcs-exception-bitmap",
-    "get-vmcs-io-bitmap-address",
-    "get-vmcs-tsc-offset",
-    "get-vmcs-guest-pat",
-    "get-vmcs-host-pat",
-    "get-vmcs-host-cr0",
-    "get-vmcs-host-cr3",
-    "get-vmcs-host-cr4",
-    "get-vmcs-host-rip",
-    "get-vmcs-host-rsp",
-    "get-vmcs-cr0-mask",
-    "get-vmcs-cr0-shadow",
-    "get-vmcs-cr4-mask",
-    "get-vmcs-cr4-shadow",
-    "get-vmcs-cr3-targets",
-    "get-vmcs-apic-access-address",
-    "get-vmcs-virtual-apic-address",
-    "get-vmcs-tpr-threshold",
-    "get-vmcs-msr-bitmap",
-    "get-vmcs-msr-bitmap-address",
-    "get-vmcs-vpid",
-    "get-vmcs-ple-gap",
-    "get-vmcs-ple-window",
-    "get-vmcs-instruction-error",
-    "get-vmcs-exit-ctls",
-    "get-vmcs-entry-ctls",
-    "get-vmcs-guest-sysenter",
-    "get-vmcs-link",
-    "get-vmcs-exit-reason",
-    "get-vmcs-exit-qualification",
-    "get-vmcs-exit-interruption-info",
-    "get-vmcs-exit-interruption-error",
-    "get-vmcs-exit-inst-length",
-    "get-vmcs-interruptibility",
-    "get-eptp",
-    "get-exception-bitmap",
-    "get-io-bitmap-address",
-    "get-msr-bitmap",
-    "get-msr-bitmap-address",
-    "get-exit-reason",
-    "get-vmcb-intercepts",
-    "get-vmcb-asid",
-    "get-vmcb-exit-details",
-    "get-vmcb-tlb-ctrl",
-    "get-vmcb-virq",
-    "get-avic-apic-bar",
-    "get-avic-backing-page",
-    "get-avic-table",
-];
-
-const UNAVAILABLE_SETS: &[&str] = &[
-    "set-vmcs-exception-bitmap",
-    "set-vmcs-entry-interruption-info",
-];
-
-fn details() -> String {
-    let names = |names: Vec<&str>| {
-        names
-            .chunks(14)
-            .map(|line| format!("\n        {}", line.join(" ")))
-            .collect::<String>()
-    };
-    let registers = names(Reg::all().map(Reg::name).collect()).replace('_', "-");
-    let segments = names(SegReg::ALL.iter().map(|s| s.name()).collect());
-    format!(
-        "\
-Registers and descriptors of vCPU --cpu:
-  --get-REG, --set-REG=VALUE
-      where REG is one of{registers}
-      (pdpte0 to pdpte3 can only be read, where the host's KVM tells them)
-  --get-desc-SEG
-  --set-desc-SEG --desc-base=VALUE --desc-limit=VALUE --desc-access=VALUE
-      where SEG is one of{segments}
-      Access rights are in the format of VT-x. What is not given stays as it is.
-  --get-vmcs-..., --get-vmcb-..., --get-avic-..., --set-vmcs-...
-      fields of a VMCS or VMCB: not available through KVM, exit status 2
-
-  All changes of one call are made together or not at all.
-  Numbers are decimal, hexadecimal with 0x, or octal with 0 in front.
-
-Order:
-  Options may be combined, in any order. What they say is done in this one, and ends at the first
-  failure: create, set memory, pause, set registers and descriptors, get, inject, resume, end
-  (power button, reset or power-off), run, destroy.
-
-Output:
-  name[cpu]<tab>VALUE                        a register
-  name desc[cpu]<tab>BASE/LIMIT/ACCESS       a descriptor
-  lowmem<tab>ADDRESS/LENGTH                  memory, by its guest-physical address: KVM does not
-                                             tell the host-physical one, which stood here in 2012
-  Everything is hexadecimal but the statistics.
-
-Examples:
-  vmmctl --list
-  vmmctl --vm=guest0 --get-all
-  vmmctl --vm=guest0 --cpu=1 --get-rip --get-cr3
-  vmmctl --vm=guest0 --pause --set-rip=0x100000 --resume
-  vmmctl --vm=guest0 --set-desc-cs --desc-base=0 --desc-limit=0xffffffff --desc-access=0xa09b
-  vmmctl --vm=guest0 --create --set-lowmem=256
-  vmmctl --vm=guest0 --force-poweroff --destroy
-
-VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.
-
-Exit status:
-   0  all was done; for --host, guests can run here
-   1  something failed, one line on standard error says what
-   2  something was asked that is not available through KVM
-  64  the command line is wrong, nothing was done
-  With --run it is rhyve's: see rhyve --help."
-    )
 }
 
 fn flag(name: &'static str, heading: &'static str, help: &'static str) -> Arg {
@@ -341,11 +203,24 @@ impl CommandFactory for Cli {
                     .help_heading(CHANGE)
                     .help("Give it new, empty memory from 4 GiB on, in whole 2 MiB"),
             )
+            .arg(
+                value("set-mem", size())
+                    .value_name("MB")
+                    .help_heading(CHANGE)
+                    .conflicts_with_all(["set-lowmem", "set-highmem"])
+                    .help("Give it new, empty memory: up to 3 GiB of it as lowmem, the rest as highmem"),
+            )
             .arg(flag("destroy", CHANGE, "Destroy the VM, its memory and all; not while it runs"))
             .arg(flag("run", CONTROL, "Run it here, by rhyve NAME"))
             .arg(flag("pause", CONTROL, "Hold its vCPUs"))
             .arg(flag("resume", CONTROL, "Let its vCPUs go on"))
             .arg(flag("inject-nmi", CONTROL, "Inject a non-maskable interrupt into vCPU --cpu"))
+            .arg(
+                value("assert-lapic-lvt", detail::lvt_pin)
+                    .value_name("PIN")
+                    .help_heading(CONTROL)
+                    .help("Assert a pin of vCPU --cpu's local APIC: 0 timer, 1 LINT0, 2 LINT1, 3 error, 4 performance counters, 5 thermal, 6 CMCI"),
+            )
             .arg(flag("power-button", CONTROL, "Press its ACPI power button: the guest may switch itself off"))
             .arg(
                 flag("force-reset", CONTROL, "Reset it, and wait until rhyve has ended")
@@ -358,6 +233,7 @@ impl CommandFactory for Cli {
             .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))
             .arg(value("desc-limit", number::parse_u32).value_name("VALUE").hide(true))
             .arg(value("desc-access", number::parse_u32).value_name("VALUE").hide(true));
+        command = detail::options(command);
         for named in REGISTERS.iter() {
             command = command.arg(hidden(&named.get));
             if let Some(set) = &named.set {
@@ -459,6 +335,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         create: given("create"),
         lowmem: size("set-lowmem"),
         highmem: size("set-highmem"),
+        mem: size("set-mem"),
         pause: given("pause"),
         registers: REGISTERS
             .iter()
@@ -466,6 +343,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
             .collect(),
         descriptors,
         desc,
+        sets: detail::sets(matches)?,
         gets: Gets {
             all: given("get-all"),
             lowmem: given("get-lowmem"),
@@ -480,6 +358,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
                 .filter(|n| given(&n.get))
                 .map(|n| n.what)
                 .collect(),
+            details: detail::gets(matches)?,
             stats: given("get-stats"),
             unavailable: UNAVAILABLE_GETS
                 .iter()
@@ -492,6 +371,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
             .filter(|name| number(name).is_some())
             .map(owned)
             .collect(),
+        lapic_lvt: short("assert-lapic-lvt"),
         nmi: given("inject-nmi"),
         resume: given("resume"),
         end: ends
@@ -504,6 +384,8 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
 
 #[cfg(test)]
 mod tests {
+    use vmm_api::regs::Registers;
+
     use super::*;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
@@ -580,6 +462,16 @@ mod tests {
             "--host --get-all",
             "--vm=a --force-reset --force-poweroff",
             "--vm=a --set-lowmem=much",
+            "--vm=a --set-mem=64 --set-lowmem=64",
+            "--vm=a --capname=hlt_exit",
+            "--vm=a --capname=hlt --getcap",
+            "--vm=a --setcap=1",
+            "--vm=a --set-x2apic-state=2",
+            "--vm=a --get-rtc-nvram",
+            "--vm=a --get-rtc-nvram --rtc-nvram-offset=50",
+            "--vm=a --rtc-nvram-offset=14 --get-all",
+            "--vm=a --set-pinning=-2",
+            "--vm=a --assert-lapic-lvt=7",
             "guest0",
         ] {
             let error = parse(line).unwrap_err().to_string();
