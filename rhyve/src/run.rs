@@ -138,7 +138,11 @@ fn check(spec: &MachineSpec, state: &VmState) -> Result<(), RunError> {
 
 fn block_signals() -> Result<SignalFd, RunError> {
     let set = SigSet::from_iter(SIGNALS);
-    set.thread_block()
+    // An image that reaches RLIMIT_FSIZE is an error of the guest's write (EFBIG), not our end.
+    let mut blocked = set;
+    blocked.add(Signal::SIGXFSZ);
+    blocked
+        .thread_block()
         .map_err(|e| system("block signals")(e.into()))?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     SignalFd::with_flags(&set, flags).map_err(|e| system("wait for signals")(e.into()))

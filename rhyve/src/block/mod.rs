@@ -122,6 +122,16 @@ pub trait Backend: Send + Sync {
     /// The host cannot write.
     fn write_zeroes(&self, extent: Extent, may_discard: bool) -> io::Result<()>;
 
+    /// Makes the disk larger, or without a size as large as its image has become.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it would lose what is behind its new end or is no whole number of blocks;
+    /// the host has no room, or there is no other size for such a disk.
+    fn resize(&self, capacity: Option<u64>) -> io::Result<()> {
+        let _ = capacity;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// The file whose bytes are the disk's, one for one, if there is one that may be read and
     /// written without asking the backend.
     fn plain(&self) -> Option<Plain<'_>> {
@@ -230,6 +240,17 @@ pub fn open(spec: &BlockSpec) -> Result<Arc<dyn Backend>, BlockError> {
     let overlay = overlay::Overlay::new(base);
     let overlay = overlay.map_err(BlockError::io("keep changes to", &spec.path))?;
     Ok(Arc::new(overlay))
+}
+
+impl Info {
+    /// Checks a size that this disk is to have.
+    fn check_growth(&self, capacity: u64) -> io::Result<()> {
+        if capacity >= self.capacity && capacity.is_multiple_of(self.logical.into()) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        }
+    }
 }
 
 impl Extent {

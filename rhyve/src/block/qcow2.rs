@@ -5,9 +5,11 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File as Storage;
+use imago::format::PreallocateMode;
 use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -24,6 +26,8 @@ pub struct Qcow2 {
     /// Held for writing while space is given back: imago may not be asked for anything else then.
     image: RwLock<FormatAccess<Storage>>,
     info: Info,
+    /// Bytes now: an image can grow.
+    capacity: AtomicU64,
 }
 
 impl Qcow2 {
@@ -59,6 +63,7 @@ impl Qcow2 {
         Ok(Self {
             image: RwLock::new(image),
             info,
+            capacity: info.capacity.into(),
         })
     }
 
@@ -69,7 +74,10 @@ impl Qcow2 {
 
 impl Backend for Qcow2 {
     fn info(&self) -> Info {
-        self.info
+        Info {
+            capacity: self.capacity.load(Ordering::SeqCst),
+            ..self.info
+        }
     }
 
     fn read(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
@@ -101,6 +109,17 @@ impl Backend for Qcow2 {
             return self.discard(extent);
         }
         self.image().write_zeroes(extent.offset, extent.len)
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<()> {
+        // Nobody but this process makes it larger: it is locked.
+        let capacity = capacity.unwrap_or(self.info().capacity);
+        self.info().check_growth(capacity)?;
+        let image = self.image();
+        image.resize_grow(capacity, PreallocateMode::None)?;
+        image.flush()?;
+        self.capacity.store(capacity, Ordering::SeqCst);
+        Ok(())
     }
 }
 

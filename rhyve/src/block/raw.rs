@@ -7,6 +7,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -31,6 +32,8 @@ static ZEROS: Zeros = Zeros([0; 1 << 16]);
 pub struct Raw {
     file: File,
     info: Info,
+    /// Bytes now: an image can grow.
+    capacity: AtomicU64,
     /// With O_DIRECT: buffers begin and end at multiples of this.
     alignment: Option<usize>,
 }
@@ -64,6 +67,7 @@ impl Raw {
         Ok(Self {
             file: image.file,
             info,
+            capacity: size.into(),
             alignment,
         })
     }
@@ -131,7 +135,10 @@ impl Raw {
 
 impl Backend for Raw {
     fn info(&self) -> Info {
-        self.info
+        Info {
+            capacity: self.capacity.load(Ordering::SeqCst),
+            ..self.info
+        }
     }
 
     fn read(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
@@ -188,6 +195,23 @@ impl Backend for Raw {
             }
             made => Ok(made?),
         }
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<()> {
+        if let Some(capacity) = capacity {
+            self.info().check_growth(capacity)?;
+            if self.file.metadata()?.is_file() {
+                self.file.set_len(capacity)?;
+            }
+        }
+        // The position is nobody's: all else says where it reads and writes.
+        let size = (&self.file).seek(SeekFrom::End(0))?;
+        let size = size & !u64::from(self.info.logical - 1);
+        self.capacity.store(size, Ordering::SeqCst);
+        if capacity.is_some_and(|wanted| wanted > size) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(())
     }
 
     fn plain(&self) -> Option<Plain<'_>> {

@@ -394,3 +394,20 @@ fn a_file_in_memory_is_served_by_threads() {
     assert_eq!(choose(",aio=threads").name(), "threads");
     assert_eq!(choose(",snapshot"), engine::Engine::Threads);
 }
+
+#[test]
+fn a_qcow2_image_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2_image(&dir, "disk.qcow2", None);
+    let backend = open_with(&path, "").unwrap();
+    write(&*backend, SIZE - 512, &[1; 512], false).unwrap();
+    backend.resize(Some(4 * SIZE)).unwrap();
+    assert_eq!(backend.info().capacity, 4 * SIZE);
+    write(&*backend, 4 * SIZE - 512, &[2; 512], false).unwrap();
+    assert!(backend.resize(Some(SIZE)).is_err());
+    drop(backend);
+    let backend = open_with(&path, ",ro").unwrap();
+    assert_eq!(backend.info().capacity, 4 * SIZE);
+    assert_eq!(read(&*backend, SIZE - 512, 512).unwrap(), [1; 512]);
+    assert_eq!(read(&*backend, 4 * SIZE - 512, 512).unwrap(), [2; 512]);
+}

@@ -1,5 +1,6 @@
 //! The device: configuration, and a worker for each queue its driver has set up.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -107,12 +108,18 @@ impl Blk {
         self.shared.backend.info()
     }
 
-    /// Tells the driver that the disk's size has changed.
-    pub fn resized(&self) {
+    /// Makes the disk larger, or without a size as large as its image has become, and tells the
+    /// driver. Returns its bytes.
+    ///
+    /// # Errors
+    /// Those of [`Backend::resize`]; the disk is as large as before then.
+    pub fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        self.shared.backend.resize(capacity)?;
         self.generation.fetch_add(1, Ordering::SeqCst);
         if let Some(interrupts) = &self.running().interrupts {
             interrupts.signal_config();
         }
+        Ok(self.info().capacity)
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {

@@ -459,6 +459,38 @@ fn what_has_no_file_of_its_own_has_no_io_uring() {
 }
 
 #[test]
+fn a_disk_grows_under_its_driver() {
+    let mut rig = Rig::new("");
+    let capacity = |rig: &Rig| {
+        let mut bytes = [0; 8];
+        rig.device.config_read(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    };
+    let generation = rig.device.config_generation();
+    assert_eq!(rig.ask(IN, SECTORS, &[], 512).1, IOERR);
+    assert_eq!(
+        rig.device.resize(Some(2 * SIZE as u64)).unwrap(),
+        2 * SIZE as u64
+    );
+    assert_eq!(capacity(&rig), 2 * SECTORS);
+    assert_eq!(rig.interrupts.config_changes(), 1);
+    assert_ne!(rig.device.config_generation(), generation);
+    assert_eq!(rig.ask(OUT, 2 * SECTORS - 1, &[1; 512], 0).1, OK);
+    // The host made it larger by itself.
+    let file = File::options().write(true).open(rig.path()).unwrap();
+    file.set_len(3 * SIZE as u64 + 100).unwrap();
+    assert_eq!(rig.device.resize(None).unwrap(), 3 * SIZE as u64);
+    assert_eq!(rig.ask(IN, 3 * SECTORS - 1, &[], 512), (vec![0; 512], OK));
+    for wrong in [SIZE as u64, 4 * SIZE as u64 + 1] {
+        let refused = rig.device.resize(Some(wrong)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+    }
+    assert_eq!(capacity(&rig), 3 * SECTORS);
+    let snapshot = Rig::new(",snapshot").device.resize(None).unwrap_err();
+    assert_eq!(snapshot.kind(), io::ErrorKind::Unsupported);
+}
+
+#[test]
 fn single_queues_stop_and_start() {
     let mut rig = Rig::new("");
     let queues = rig.device.queue_reset().unwrap();
