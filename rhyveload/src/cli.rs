@@ -2,17 +2,22 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{ArgAction, ArgGroup, Parser};
 use vmm_api::memory::{MemSize, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::vm::MemorySetup;
 
+use crate::boot::BootJob;
 use crate::freebsd::env::EnvVar;
-use crate::load::{Job, Loaded};
+use crate::load::{From, Job, KernelJob, Loaded};
 use crate::plan::Boot;
 
 const EXAMPLES: &str = "\
 Examples:
+  rhyveload -m 768M -h /usr/guest guest0
+      Boots FreeBSD from /usr/guest/boot: kernel, modules and variables as loader.conf says.
+  rhyveload -m 1G -d freebsd.img -e boot_verbose=YES guest0
+      The same from a disk image (GPT, MBR or bare; UFS, ext2/3/4), with a variable.
   rhyveload -m 512M --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' guest0
       Loads Linux into guest0, made if it is not there, with 512 MiB of memory.
   rhyveload --boot pvh --kernel vmlinux guest0
@@ -35,7 +40,27 @@ Exit status: 0 loaded, 1 not loaded (one line on standard error says why), 2 bad
 /// set, and it waits for rhyve to run it. /dev/kvm is not needed.
 #[derive(Debug, Parser)]
 #[command(name = "rhyveload", version, after_long_help = EXAMPLES, verbatim_doc_comment)]
+#[command(disable_help_flag = true)]
+#[command(group = ArgGroup::new("from").required(true).multiple(true))]
 pub struct Cli {
+    /// Boot FreeBSD from this directory, which holds boot/.
+    #[arg(
+        short = 'h',
+        value_name = "DIR",
+        group = "from",
+        conflicts_with = "kernel"
+    )]
+    pub host: Option<PathBuf>,
+
+    /// Boot FreeBSD from this disk image; up to 32, the first with a /boot is taken.
+    #[arg(
+        short = 'd',
+        value_name = "IMAGE",
+        group = "from",
+        conflicts_with = "kernel"
+    )]
+    pub disks: Vec<PathBuf>,
+
     /// Memory, in MiB or with K, M, G or T: lowmem up to 3 GiB, the rest from 4 GiB on.
     #[arg(short = 'm', value_name = "SIZE", default_value = "256M")]
     pub memory: MemSize,
@@ -57,19 +82,25 @@ pub struct Cli {
     pub mem_path: Option<PathBuf>,
 
     /// The kernel file; what it is, is recognized by its content.
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", group = "from")]
+    pub kernel: Option<PathBuf>,
 
     /// The initial RAM disk.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with_all = ["host", "disks"])]
     pub initrd: Option<PathBuf>,
 
     /// The kernel's command line; a FreeBSD or plain kernel gets it as the variable `cmdline`.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", requires = "kernel", conflicts_with_all = ["host", "disks"])]
     pub cmdline: Option<String>,
 
     /// How the kernel is entered.
-    #[arg(long, value_enum, default_value_t, value_name = "PROTOCOL")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "PROTOCOL",
+        conflicts_with_all = ["host", "disks"]
+    )]
     pub boot: Boot,
 
     /// Print one JSON object instead of lines.
@@ -79,6 +110,14 @@ pub struct Cli {
     /// Print nothing but errors.
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
+
+    /// Print help (see a summary with -?)
+    #[arg(long, action = ArgAction::HelpLong)]
+    help: Option<bool>,
+
+    /// Print a summary of the options
+    #[arg(short = '?', action = ArgAction::HelpShort)]
+    summary: Option<bool>,
 
     /// Name of the VM: 1 to 31 of A-Z a-z 0-9 . _ -
     #[arg(value_name = "VM")]
@@ -102,18 +141,30 @@ impl Cli {
                 wire: self.wire,
                 path: self.mem_path,
             },
-            kernel: self.kernel,
-            initrd: self.initrd,
-            cmdline: self.cmdline,
             env: self.env,
-            boot: self.boot,
+            from: match self.kernel {
+                Some(kernel) => From::Kernel(KernelJob {
+                    kernel,
+                    initrd: self.initrd,
+                    cmdline: self.cmdline,
+                    boot: self.boot,
+                }),
+                None => From::Boot(BootJob {
+                    directory: self.host,
+                    disks: self.disks,
+                }),
+            },
         }
     }
 }
 
 /// What bhyveload prints of a load, and where it starts.
 pub fn lines(loaded: &Loaded) -> String {
-    let mut text = format!("{} {}\n", loaded.kernel, loaded.summary);
+    let mut text = String::new();
+    // FreeBSD's loader has said its lines already.
+    if !loaded.summary.is_empty() {
+        text += &format!("{} {}\n", loaded.kernel, loaded.summary);
+    }
     if let Some(initrd) = &loaded.initrd {
         text += &format!(
             "{} size {:#x} at {:#x}\n",

@@ -4,7 +4,9 @@
 //! neither FreeBSD's load rule nor overlaps, and reads segments through the mapping, where a full
 //! tmpfs is a SIGBUS. Here the headers are parsed with `object`, and nothing is written.
 
-use object::elf::{EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PF_W, PT_INTERP, PT_LOAD, PT_NOTE};
+use object::elf::{
+    EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PF_W, PT_DYNAMIC, PT_INTERP, PT_LOAD, PT_NOTE,
+};
 use object::read::elf::{FileHeader, NoteIterator, ProgramHeader};
 use object::{LittleEndian, elf};
 
@@ -97,6 +99,10 @@ pub struct Elf {
     pub extent: u64,
     /// What Xen's PHYS32_ENTRY note says, if there is one.
     pub pvh_entry: Option<u64>,
+    /// Virtual address of the dynamic section, if there is one.
+    pub dynamic: Option<u64>,
+    /// The file header itself.
+    pub header: [u8; 64],
 }
 
 /// One PT_LOAD header.
@@ -157,6 +163,8 @@ impl Elf {
             loads: Vec::new(),
             extent: 0,
             pvh_entry: None,
+            dynamic: None,
+            header: *head.first_chunk().ok_or(ElfError::Ident)?,
         };
         for (index, ph) in headers.iter().enumerate() {
             match ph.p_type(endian) {
@@ -176,6 +184,7 @@ impl Elf {
                     }
                 }
                 PT_INTERP => return Err(ElfError::Interpreter),
+                PT_DYNAMIC => this.dynamic = this.dynamic.or(Some(ph.p_vaddr(endian))),
                 PT_NOTE if ph.p_filesz(endian) <= NOTES_MAX => {
                     let end = ph.p_offset(endian).saturating_add(ph.p_filesz(endian));
                     if end <= image.size() {

@@ -3,19 +3,18 @@
 //! Only as much is decompressed as the headers say is loaded: debug sections are left out, and a
 //! file that would expand without end is cut short by its own headers or refused by them.
 
-use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use flate2::bufread::MultiGzDecoder;
 use liblzma::bufread::XzDecoder;
-use liblzma::stream::Stream;
+use liblzma::stream::Stream as XzStream;
 use lz4_flex::frame::FrameDecoder;
 use zstd::stream::read::Decoder as ZstdDecoder;
 
 use crate::elf::{self, Elf, ElfError};
 use crate::linux::bzimage::{self, BzImage, BzImageError};
 use crate::progress::Progress;
-use crate::source::{FileSource, Source};
+use crate::source::{Source, Stream};
 
 /// Dictionaries of xz files reach 128 MiB in kernels; this leaves room and is no danger.
 const XZ_MEMORY: u64 = 512 << 20;
@@ -50,6 +49,9 @@ pub enum ImageError {
         /// What is allowed.
         limit: u64,
     },
+    /// Longer than there is room for, with an end that is not in sight.
+    #[error("it expands to more than 0x{0:x} bytes: give the VM more memory (-m)")]
+    Endless(u64),
     /// ELF headers inside.
     #[error(transparent)]
     Elf(#[from] ElfError),
@@ -101,7 +103,7 @@ impl Compression {
             Self::Gzip => Box::new(MultiGzDecoder::new(from)),
             Self::Zstd => Box::new(ZstdDecoder::with_buffer(from)?),
             Self::Xz => {
-                let stream = Stream::new_stream_decoder(XZ_MEMORY, 0)?;
+                let stream = XzStream::new_stream_decoder(XZ_MEMORY, 0)?;
                 Box::new(XzDecoder::new_stream(from, stream))
             }
             Self::Lz4 => Box::new(FrameDecoder::new(from)),
@@ -113,7 +115,7 @@ impl Compression {
 #[derive(Debug)]
 pub enum Image {
     /// Read from the file itself.
-    File(FileSource),
+    File(Box<dyn Source>),
     /// Decompressed, up to the last byte that is loaded.
     Expanded(Vec<u8>),
 }
@@ -125,16 +127,42 @@ impl Image {
     /// # Errors
     ///
     /// It cannot be read or decompressed, or there is no kernel inside.
-    pub fn new(file: FileSource, limit: u64, progress: &mut Progress) -> Result<Self, ImageError> {
+    pub fn new(
+        file: Box<dyn Source>,
+        limit: u64,
+        progress: &mut Progress,
+    ) -> Result<Self, ImageError> {
         let head = file.head(6).map_err(ImageError::Read)?;
         match Compression::of(&head) {
             None => Ok(Self::File(file)),
             Some(kind) => {
-                let from: &File = file.file();
-                expand(kind, BufReader::with_capacity(CHUNK, from), limit, progress)
-                    .map(Self::Expanded)
+                let from = BufReader::with_capacity(CHUNK, Stream::new(&*file));
+                expand(kind, from, limit, progress).map(Self::Expanded)
             }
         }
+    }
+
+    /// The same for a file that is no kernel: all of it is decompressed.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read or decompressed, or it is longer than `limit`.
+    pub fn whole(
+        file: Box<dyn Source>,
+        limit: u64,
+        progress: &mut Progress,
+    ) -> Result<Self, ImageError> {
+        let head = file.head(6).map_err(ImageError::Read)?;
+        let Some(kind) = Compression::of(&head) else {
+            return Ok(Self::File(file));
+        };
+        let failed = |source| ImageError::Decompress { kind, source };
+        let from = BufReader::with_capacity(CHUNK, Stream::new(&*file));
+        let mut decoder = kind.decoder(from).map_err(failed)?;
+        rest(&mut decoder, Vec::new(), limit, progress)
+            .map_err(failed)?
+            .map(Self::Expanded)
+            .ok_or(ImageError::Endless(limit))
     }
 }
 
@@ -174,6 +202,11 @@ pub fn expand(
     if size > limit {
         return Err(ImageError::TooLarge { size, limit });
     }
+    // The symbols of a FreeBSD kernel are behind everything else.
+    if bytes.starts_with(elf::MAGIC) && bytes.get(7) == Some(&elf::OSABI_FREEBSD) {
+        let whole = rest(&mut decoder, bytes, limit, progress).map_err(failed)?;
+        return whole.ok_or(ImageError::Endless(limit));
+    }
     while (bytes.len() as u64) < size {
         let left = size - bytes.len() as u64;
         let chunk = (&mut decoder).take(left.min(CHUNK as u64));
@@ -184,6 +217,24 @@ pub fn expand(
         progress.step("decompressing", bytes.len() as u64, size);
     }
     Ok(bytes)
+}
+
+/// Reads to the end, unless that is more than `limit` bytes away.
+fn rest(
+    decoder: &mut dyn Read,
+    mut bytes: Vec<u8>,
+    limit: u64,
+    progress: &mut Progress,
+) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        if read(decoder.take(CHUNK as u64), &mut bytes)? == 0 {
+            return Ok(Some(bytes));
+        }
+        if bytes.len() as u64 > limit {
+            return Ok(None);
+        }
+        progress.step("decompressing", bytes.len() as u64, limit);
+    }
 }
 
 fn read(mut from: impl Read, bytes: &mut Vec<u8>) -> io::Result<usize> {

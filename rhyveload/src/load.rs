@@ -1,5 +1,8 @@
 //! A load from beginning to end: open, plan, take the VM, copy, store.
 //!
+//! A kernel file is planned by [`crate::plan`], a boot file system (`-h`, `-d`) is gone through by
+//! [`crate::freebsd::loader`]; both come to a [`Filling`]: what is copied where.
+//!
 //! The order is what keeps a VM whole. The kernel is opened and planned before the object is
 //! touched, so a bad kernel changes nothing. From the first change until everything is in place the
 //! object says `created` and has no memory on record: whoever finds it after a `kill -9`, or after
@@ -18,10 +21,14 @@ use vmm_api::root::{Root, RootError};
 use vmm_api::state::{BootInfo, Phase, VcpuState, VmState};
 use vmm_api::vm::{LockedVm, MemorySetup, Vm, VmError};
 
+use vmm_api::regs::Registers;
+
+use crate::boot::{BootError, BootJob};
 use crate::copy::{CopyError, copy};
+use crate::freebsd::console::Console;
 use crate::freebsd::env::EnvVar;
 use crate::image::Image;
-use crate::plan::{Boot, LoadPlan, PlanError, Protocol, Request, Segment, plan};
+use crate::plan::{Blob, Boot, PlanError, Protocol, Request, Segment, plan};
 use crate::progress::Progress;
 use crate::source::{FileSource, Source};
 
@@ -38,14 +45,30 @@ pub struct Job {
     pub name: VmName,
     /// Its memory.
     pub memory: MemorySetup,
+    /// FreeBSD kernel environment.
+    pub env: Vec<EnvVar>,
+    /// What to load.
+    pub from: From,
+}
+
+/// Where a guest is loaded from.
+#[derive(Clone, Debug)]
+pub enum From {
+    /// A kernel file.
+    Kernel(KernelJob),
+    /// `/boot` of a directory or of disks, as FreeBSD's loader does it.
+    Boot(BootJob),
+}
+
+/// A kernel file and what goes with it.
+#[derive(Clone, Debug)]
+pub struct KernelJob {
     /// The kernel file.
     pub kernel: PathBuf,
     /// The initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// The command line.
     pub cmdline: Option<String>,
-    /// FreeBSD kernel environment.
-    pub env: Vec<EnvVar>,
     /// The boot protocol.
     pub boot: Boot,
 }
@@ -67,10 +90,26 @@ pub struct Loaded {
     pub segments: Vec<Segment>,
     /// The initial RAM disk.
     pub initrd: Option<Initrd>,
+    /// Modules and other files that a FreeBSD kernel finds in memory.
+    pub modules: Vec<Module>,
     /// The command line.
     pub cmdline: Option<String>,
     /// The VM's RAM.
     pub memory: MemoryLayout,
+}
+
+/// Where a module lies.
+#[derive(Clone, Debug, Serialize)]
+pub struct Module {
+    /// Its file.
+    pub path: String,
+    /// What it is.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub size: u64,
 }
 
 /// Where an initial RAM disk lies.
@@ -107,6 +146,9 @@ pub enum LoadError {
     /// There is no RAM to load into.
     #[error("a VM needs some lowmem: give it more than 0 with -m")]
     NoMemory,
+    /// A boot file system.
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// The kernel cannot be loaded.
     #[error("{}", path.display())]
     Plan {
@@ -128,13 +170,18 @@ pub enum LoadError {
     Write(VmName, #[source] MemoryError),
 }
 
-/// Loads a VM.
+/// Loads a VM. What FreeBSD's loader says goes to `console`.
 ///
 /// # Errors
 ///
 /// Something is wrong with the kernel, the request or the VM. A VM that did not exist before does
 /// not exist then; one that did is as it was, or, if copying had begun, `created` without memory.
-pub fn load(root: &Root, job: &Job, progress: &mut Progress) -> Result<Loaded, LoadError> {
+pub fn load(
+    root: &Root,
+    job: &Job,
+    console: &mut Console<'_>,
+    progress: &mut Progress,
+) -> Result<Loaded, LoadError> {
     let existing = match Vm::open(root, &job.name).and_then(|vm| vm.lock(PROGRAM)) {
         Ok(vm) => Some(vm),
         Err(VmError::NotFound(_)) => None,
@@ -144,8 +191,37 @@ pub fn load(root: &Root, job: &Job, progress: &mut Progress) -> Result<Loaded, L
         return Err(LoadError::NoMemory);
     }
     let memory = absolute(&job.memory)?;
-    let kernel = open_kernel(job, progress)?;
-    let initrd = match &job.initrd {
+    let (filling, loaded) = match &job.from {
+        From::Kernel(kernel) => plan_file(job, kernel, progress)?,
+        From::Boot(boot) => boot.plan(job, console, progress)?,
+    };
+    let fresh = existing.is_none();
+    let mut vm = match existing {
+        Some(vm) => vm,
+        None => Vm::create(root, &job.name, PROGRAM)?,
+    };
+    if let Err(error) = vm.check_memory(&memory) {
+        // A VM that was there keeps what it holds.
+        if fresh {
+            vm.destroy()?;
+        }
+        return Err(error.into());
+    }
+    if let Err(error) = fill(&mut vm, &memory, filling, progress) {
+        abandon(vm, fresh);
+        return Err(error);
+    }
+    Ok(loaded)
+}
+
+/// Plans the load of a kernel file.
+fn plan_file(
+    job: &Job,
+    files: &KernelJob,
+    progress: &mut Progress,
+) -> Result<(Filling, Loaded), LoadError> {
+    let kernel = open_kernel(job, files, progress)?;
+    let initrd = match &files.initrd {
         Some(path) => Some((path, open(path)?)),
         None => None,
     };
@@ -156,39 +232,66 @@ pub fn load(root: &Root, job: &Job, progress: &mut Progress) -> Result<Loaded, L
     }
     let request = Request {
         layout: job.memory.layout,
-        boot: job.boot,
-        kernel: &job.kernel.to_string_lossy(),
-        cmdline: job.cmdline.as_deref(),
+        boot: files.boot,
+        kernel: &files.kernel.to_string_lossy(),
+        cmdline: files.cmdline.as_deref(),
         env: &job.env,
         initrd: initrd.as_ref().map(|(_, file)| file.size()),
     };
     let plan = plan(&kernel, &request).map_err(|source| LoadError::Plan {
-        path: job.kernel.clone(),
+        path: files.kernel.clone(),
         source,
     })?;
-
-    let fresh = existing.is_none();
-    let mut vm = match existing {
-        Some(vm) => vm,
-        None => Vm::create(root, &job.name, PROGRAM)?,
-    };
-    let files = Files {
-        kernel: &kernel,
-        initrd: initrd.as_ref().map(|(_, file)| file),
-    };
-    if let Err(error) = vm.check_memory(&memory) {
-        // A VM that was there keeps what it holds.
-        if fresh {
-            vm.destroy()?;
-        }
-        return Err(error.into());
+    let mut copies = vec![CopyJob {
+        path: files.kernel.clone(),
+        from: Box::new(kernel),
+        segments: plan.segments.clone(),
+    }];
+    let mut place = None;
+    if let (Some((path, file)), Some(gpa)) = (initrd, plan.initrd) {
+        let size = file.size();
+        place = Some(Initrd {
+            path: path.to_string_lossy().into_owned(),
+            gpa,
+            size,
+        });
+        copies.push(CopyJob {
+            path: path.clone(),
+            from: Box::new(file),
+            segments: vec![Segment {
+                offset: 0,
+                filesz: size,
+                memsz: size,
+                gpa,
+            }],
+        });
     }
-    let filled = fill(&mut vm, job, &memory, &plan, &files, progress);
-    if let Err(error) = filled {
-        abandon(vm, fresh);
-        return Err(error);
-    }
-    Ok(report(job, plan, files.initrd))
+    let absolute = std::path::absolute(&files.kernel);
+    let path = absolute.unwrap_or_else(|_| files.kernel.clone());
+    let filling = Filling {
+        copies,
+        ramdisk: place.as_ref().map(|initrd| (initrd.gpa, initrd.size)),
+        blobs: plan.blobs,
+        registers: plan.registers.clone(),
+        boot: BootInfo {
+            kernel: path.to_string_lossy().into_owned(),
+            protocol: plan.protocol.to_string(),
+            cmdline: files.cmdline.clone(),
+        },
+    };
+    let loaded = Loaded {
+        vm: job.name.clone(),
+        kernel: files.kernel.to_string_lossy().into_owned(),
+        protocol: plan.protocol,
+        summary: plan.summary,
+        entry: plan.registers.rip,
+        segments: plan.segments,
+        initrd: place,
+        modules: Vec::new(),
+        cmdline: files.cmdline.clone(),
+        memory: job.memory.layout,
+    };
+    Ok((filling, loaded))
 }
 
 /// Programs with other working directories look for the memory file, too.
@@ -207,11 +310,11 @@ fn absolute(memory: &MemorySetup) -> Result<MemorySetup, LoadError> {
 }
 
 /// A kernel that loads more bytes than the VM has is refused before it is decompressed.
-fn open_kernel(job: &Job, progress: &mut Progress) -> Result<Image, LoadError> {
+fn open_kernel(job: &Job, files: &KernelJob, progress: &mut Progress) -> Result<Image, LoadError> {
     let limit = job.memory.layout.total().saturating_add(SLACK);
-    let image = Image::new(open(&job.kernel)?, limit, progress);
+    let image = Image::new(Box::new(open(&files.kernel)?), limit, progress);
     image.map_err(|source| LoadError::Plan {
-        path: job.kernel.clone(),
+        path: files.kernel.clone(),
         source: source.into(),
     })
 }
@@ -229,19 +332,37 @@ fn open(path: &Path) -> Result<FileSource, LoadError> {
         })
 }
 
-/// What is copied.
-struct Files<'a> {
-    kernel: &'a Image,
-    initrd: Option<&'a FileSource>,
+/// What goes into a VM.
+#[derive(Debug)]
+pub(crate) struct Filling {
+    /// What is copied.
+    pub copies: Vec<CopyJob>,
+    /// Where an initial RAM disk is, one of these copies, and its length.
+    pub ramdisk: Option<(u64, u64)>,
+    /// What the loader adds.
+    pub blobs: Vec<Blob>,
+    /// The state in which vCPU 0 starts.
+    pub registers: Registers,
+    /// What the object remembers of it.
+    pub boot: BootInfo,
+}
+
+/// Parts of a file that are copied.
+#[derive(Debug)]
+pub(crate) struct CopyJob {
+    /// The file, for errors.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub from: Box<dyn Source>,
+    /// Which of them go where.
+    pub segments: Vec<Segment>,
 }
 
 /// bhyve's vm_reinit and what follows: memory anew, everything copied, the state stored last.
 fn fill(
     vm: &mut LockedVm,
-    job: &Job,
     memory: &MemorySetup,
-    plan: &LoadPlan,
-    files: &Files<'_>,
+    filling: Filling,
     progress: &mut Progress,
 ) -> Result<(), LoadError> {
     // A damaged vm.json does not keep a VM from being loaded again.
@@ -251,34 +372,32 @@ fn fill(
     vm.setup_memory(&mut state, memory)?;
     let ram = vm.map_memory(&state)?;
 
-    prepare(&ram, plan, files);
-    let copied = |path: &Path| {
-        let path = path.to_owned();
-        move |source| LoadError::Copy { path, source }
-    };
-    for segment in &plan.segments {
-        let range = (segment.offset, segment.filesz);
-        copy(files.kernel, range, &ram, segment.gpa, progress).map_err(copied(&job.kernel))?;
+    prepare(&ram, &filling);
+    for CopyJob {
+        path,
+        from,
+        segments,
+    } in filling.copies
+    {
+        for segment in segments {
+            let range = (segment.offset, segment.filesz);
+            copy(&*from, range, &ram, segment.gpa, progress).map_err(|source| LoadError::Copy {
+                path: path.clone(),
+                source,
+            })?;
+        }
     }
-    if let (Some(path), Some(file), Some(gpa)) = (&job.initrd, files.initrd, plan.initrd) {
-        copy(file, (0, file.size()), &ram, gpa, progress).map_err(copied(path))?;
-    }
-    for blob in &plan.blobs {
+    for blob in &filling.blobs {
         ram.write(blob.gpa, &blob.bytes)
-            .map_err(|source| LoadError::Write(job.name.clone(), source))?;
+            .map_err(|source| LoadError::Write(vm.name().clone(), source))?;
     }
 
     state.phase = Phase::Loaded;
     state.vcpus = vec![VcpuState {
-        registers: plan.registers.clone(),
+        registers: filling.registers,
         ..VcpuState::reset()
     }];
-    let path = std::path::absolute(&job.kernel).unwrap_or_else(|_| job.kernel.clone());
-    state.machine.boot = Some(BootInfo {
-        kernel: path.to_string_lossy().into_owned(),
-        protocol: plan.protocol.to_string(),
-        cmdline: job.cmdline.clone(),
-    });
+    state.machine.boot = Some(filling.boot);
     vm.store(&mut state)?;
     Ok(vm.remove_control()?)
 }
@@ -287,17 +406,25 @@ fn fill(
 /// behind itself while it boots, and what Linux keeps below the initial RAM disk (64 bytes for each
 /// page, and as much again for all else). Debian's kernel then takes 600 faults to its init instead
 /// of 11700.
-fn prepare(ram: &GuestRam, plan: &LoadPlan, files: &Files<'_>) {
-    let (mut size, mut end) = (0, 0);
-    for segment in &plan.segments {
+fn prepare(ram: &GuestRam, filling: &Filling) {
+    let end = |segment: &Segment| segment.gpa + segment.memsz;
+    let mut last = 0;
+    for segment in filling.copies.iter().flat_map(|copy| &copy.segments) {
         ram.prepare(segment.gpa, segment.filesz);
-        size += segment.filesz;
-        end = end.max(segment.gpa + segment.memsz);
+        if filling.ramdisk.is_none_or(|(gpa, _)| gpa != segment.gpa) {
+            last = last.max(end(segment));
+        }
     }
-    ram.prepare(end, size / 2);
-    if let (Some(file), Some(gpa)) = (files.initrd, plan.initrd) {
+    // The kernel is the first.
+    let kernel = filling
+        .copies
+        .iter()
+        .take(1)
+        .flat_map(|copy| &copy.segments);
+    ram.prepare(last, kernel.map(|segment| segment.filesz).sum::<u64>() / 2);
+    if let Some((gpa, size)) = filling.ramdisk {
         let below = (ram.layout().lowmem / 32).min(gpa);
-        ram.prepare(gpa - below, below + file.size());
+        ram.prepare(gpa - below, below + size);
     }
 }
 
@@ -323,24 +450,5 @@ fn abandon(mut vm: LockedVm, fresh: bool) {
         let none = MemorySetup::default();
         let _ = vm.setup_memory(&mut state, &none);
         let _ = vm.store(&mut state);
-    }
-}
-
-fn report(job: &Job, plan: LoadPlan, initrd: Option<&FileSource>) -> Loaded {
-    let place = job.initrd.as_ref().zip(initrd).zip(plan.initrd);
-    Loaded {
-        vm: job.name.clone(),
-        kernel: job.kernel.to_string_lossy().into_owned(),
-        protocol: plan.protocol,
-        summary: plan.summary,
-        entry: plan.registers.rip,
-        segments: plan.segments,
-        initrd: place.map(|((path, file), gpa)| Initrd {
-            path: path.to_string_lossy().into_owned(),
-            gpa,
-            size: file.size(),
-        }),
-        cmdline: job.cmdline.clone(),
-        memory: job.memory.layout,
     }
 }

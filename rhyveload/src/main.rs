@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use rhyveload::cli::{Cli, lines};
+use rhyveload::freebsd::console::Console;
 use rhyveload::load::load;
 use rhyveload::progress::Progress;
 use vmm_api::root::Root;
@@ -26,7 +27,13 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         true => Progress::hidden(),
         false => Progress::on_terminal(),
     };
-    let loaded = load(&Root::open()?, &cli.job(), &mut progress);
+    let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
+    let mut nowhere = std::io::sink();
+    let mut console = match json || quiet {
+        true => Console::new(&mut nowhere, &mut stderr),
+        false => Console::new(&mut stdout, &mut stderr),
+    };
+    let loaded = load(&Root::open()?, &cli.job(), &mut console, &mut progress);
     progress.clear();
     let loaded = loaded?;
     let text = match (json, quiet) {

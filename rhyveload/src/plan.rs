@@ -195,7 +195,7 @@ pub fn plan(image: &(impl Source + ?Sized), request: &Request<'_>) -> Result<Loa
     match protocol(&elf, request.boot) {
         Protocol::Linux64 => vmlinux::plan(&elf, request),
         Protocol::Pvh => pvh::plan(&elf, request),
-        other => freebsd::plan(&elf, other, request),
+        other => freebsd::plan(&elf, image, other, request),
     }
 }
 

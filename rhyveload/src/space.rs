@@ -115,6 +115,24 @@ impl Space {
         }
         let what = what.into();
         let end = base.saturating_add(len);
+        self.fits(what.clone(), base, len)?;
+        self.claims.push(Claim { what, base, end });
+        Ok(())
+    }
+
+    /// Whether `len` bytes at `base` could be taken for `what`.
+    ///
+    /// # Errors
+    ///
+    /// Not inside usable memory, or taken already.
+    pub fn fits(
+        &self,
+        what: impl Into<Cow<'static, str>>,
+        base: u64,
+        len: u64,
+    ) -> Result<(), SpaceError> {
+        let what = what.into();
+        let end = base.saturating_add(len);
         if end > self.limit {
             return Err(SpaceError::Outside {
                 what,
@@ -124,16 +142,15 @@ impl Space {
                 mend: self.mend(self.limit),
             });
         }
-        if let Some(other) = self.claims.iter().find(|c| base < c.end && c.base < end) {
-            return Err(SpaceError::Overlap {
+        match self.claims.iter().find(|c| base < c.end && c.base < end) {
+            None => Ok(()),
+            Some(other) => Err(SpaceError::Overlap {
                 what,
                 base,
                 end,
                 other: other.what.clone(),
-            });
+            }),
         }
-        self.claims.push(Claim { what, base, end });
-        Ok(())
     }
 
     /// Finds the highest free `len` bytes that end at or below `limit`, aligned to `align` (a power

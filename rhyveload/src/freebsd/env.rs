@@ -54,50 +54,165 @@ impl fmt::Display for EnvVar {
     }
 }
 
-/// The environment in the kernel's format: strings that end in NUL, and one NUL more. A later
-/// variable replaces an earlier one of the same name; a command line becomes `cmdline`.
-pub fn encode(vars: &[EnvVar], cmdline: Option<&str>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (index, var) in vars.iter().enumerate() {
-        let replaced = vars[index + 1..].iter().any(|later| later.name == var.name);
-        let is_cmdline = cmdline.is_some() && var.name == "cmdline";
-        if !replaced && !is_cmdline {
-            bytes.extend_from_slice(var.to_string().as_bytes());
-            bytes.push(0);
+impl EnvVar {
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The value.
+    pub fn value(&self) -> &str {
+        &self.value
+    }
+}
+
+/// The loader's variables, which become the kernel's environment. Those of the command line
+/// (`-e`) keep their values whatever configuration files say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment {
+    vars: Vec<Var>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Var {
+    name: String,
+    value: String,
+    pinned: bool,
+}
+
+impl Environment {
+    /// The variables of the command line; a later one replaces an earlier one of the same name.
+    pub fn new(pinned: &[EnvVar]) -> Self {
+        let mut env = Self::default();
+        for var in pinned {
+            env.put(&var.name, &var.value, true);
+        }
+        env
+    }
+
+    /// A variable's value.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        let var = self.vars.iter().find(|var| var.name == name);
+        var.map(|var| var.value.as_str())
+    }
+
+    /// Sets a variable, unless the command line did.
+    pub fn set(&mut self, name: &str, value: &str) {
+        let pinned = self.vars.iter().any(|var| var.name == name && var.pinned);
+        if !pinned {
+            self.put(name, value, false);
         }
     }
-    if let Some(cmdline) = cmdline {
-        bytes.extend_from_slice(b"cmdline=");
-        bytes.extend_from_slice(cmdline.as_bytes());
-        bytes.push(0);
+
+    /// Sets a variable that has no value yet.
+    pub fn set_default(&mut self, name: &str, value: &str) {
+        if self.get(name).is_none() {
+            self.put(name, value, false);
+        }
     }
-    bytes.push(0);
-    bytes
+
+    /// Sets what the loader itself knows better than anybody.
+    pub fn force(&mut self, name: &str, value: &str) {
+        self.put(name, value, false);
+    }
+
+    fn put(&mut self, name: &str, value: &str, pinned: bool) {
+        self.vars.retain(|var| var.name != name);
+        self.vars.push(Var {
+            name: name.to_owned(),
+            value: value.to_owned(),
+            pinned,
+        });
+    }
+
+    /// The kernel's format: strings that end in NUL, and one NUL more.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for var in &self.vars {
+            bytes.extend_from_slice(format!("{}={}", var.name, var.value).as_bytes());
+            bytes.push(0);
+        }
+        bytes.push(0);
+        bytes
+    }
+
+    /// The `howto` word for the variables that are set, and for a kernel's arguments: letters behind
+    /// a minus (sys/boot/userboot/userboot/bootinfo.c, bi_getboothowto).
+    pub fn howto(&self, args: &str) -> u32 {
+        let by_name = FLAGS.iter().filter(|(name, _)| self.get(name).is_some());
+        let mut howto = by_name.fold(0, |howto, (_, flag)| howto | flag);
+        let mut active = false;
+        for letter in args.chars() {
+            let flag = LETTERS.iter().find(|(l, _)| active && *l == letter);
+            howto |= flag.map_or(0, |(_, flag)| *flag);
+            active = flag.is_some() || letter == '-';
+        }
+        self.consoles(howto)
+    }
+
+    /// Adds what the list of consoles says: the first one is the main one.
+    fn consoles(&self, mut howto: u32) -> u32 {
+        let consoles = self.get("console").unwrap_or_default();
+        let names = || consoles.split([' ', ',']);
+        let has = |wanted: &str| names().any(|name| name == wanted);
+        if has("comconsole") {
+            howto |= RB_SERIAL;
+        }
+        if has("nullconsole") {
+            howto |= RB_MUTE;
+        }
+        if has("vidconsole") && howto & RB_SERIAL != 0 {
+            howto |= RB_MULTIPLE;
+        }
+        if names().next() == Some("vidconsole") {
+            howto &= !RB_SERIAL;
+        }
+        howto
+    }
 }
 
-/// Boot flags by the variable that sets them, whatever its value (sys/sys/reboot.h, sys/sys/boot.h).
+// sys/sys/reboot.h.
+const RB_ASKNAME: u32 = 0x1;
+const RB_SINGLE: u32 = 0x2;
+const RB_DFLTROOT: u32 = 0x20;
+const RB_KDB: u32 = 0x40;
+const RB_VERBOSE: u32 = 0x800;
+const RB_SERIAL: u32 = 0x1000;
+const RB_CDROM: u32 = 0x2000;
+const RB_GDB: u32 = 0x8000;
+const RB_MUTE: u32 = 0x1_0000;
+const RB_PAUSE: u32 = 0x10_0000;
+const RB_MULTIPLE: u32 = 0x2000_0000;
+
+/// Boot flags by the variable that sets them, whatever its value (sys/sys/boot.h).
 const FLAGS: [(&str, u32); 11] = [
-    ("boot_askname", 0x1),
-    ("boot_cdrom", 0x2000),
-    ("boot_ddb", 0x40),
-    ("boot_dfltroot", 0x20),
-    ("boot_gdb", 0x8000),
-    ("boot_multicons", 0x2000_0000),
-    ("boot_mute", 0x1_0000),
-    ("boot_pause", 0x10_0000),
-    ("boot_serial", 0x1000),
-    ("boot_single", 0x2),
-    ("boot_verbose", 0x800),
+    ("boot_askname", RB_ASKNAME),
+    ("boot_cdrom", RB_CDROM),
+    ("boot_ddb", RB_KDB),
+    ("boot_dfltroot", RB_DFLTROOT),
+    ("boot_gdb", RB_GDB),
+    ("boot_multicons", RB_MULTIPLE),
+    ("boot_mute", RB_MUTE),
+    ("boot_pause", RB_PAUSE),
+    ("boot_serial", RB_SERIAL),
+    ("boot_single", RB_SINGLE),
+    ("boot_verbose", RB_VERBOSE),
 ];
 
-/// The `howto` word for the variables that are set.
-pub fn howto(vars: &[EnvVar]) -> u32 {
-    let set = |name: &str| vars.iter().any(|var| var.name == name);
-    FLAGS
-        .iter()
-        .filter(|(name, _)| set(name))
-        .fold(0, |howto, (_, flag)| howto | flag)
-}
+/// Boot flags by the letter of a kernel's arguments.
+const LETTERS: [(char, u32); 11] = [
+    ('a', RB_ASKNAME),
+    ('C', RB_CDROM),
+    ('d', RB_KDB),
+    ('D', RB_MULTIPLE),
+    ('m', RB_MUTE),
+    ('g', RB_GDB),
+    ('h', RB_SERIAL),
+    ('p', RB_PAUSE),
+    ('r', RB_DFLTROOT),
+    ('s', RB_SINGLE),
+    ('v', RB_VERBOSE),
+];
 
 #[cfg(test)]
 mod tests {
@@ -124,15 +239,31 @@ mod tests {
     }
 
     #[test]
-    fn the_last_value_wins_and_a_nul_ends_it() {
-        let vars = vars(&["a=1", "cmdline=x", "b=2", "a=3"]);
-        assert_eq!(encode(&vars, Some("y z")), b"b=2\0a=3\0cmdline=y z\0\0");
-        assert_eq!(encode(&[], None), b"\0");
+    fn the_command_line_wins_and_a_nul_ends_it() {
+        let mut env = Environment::new(&vars(&["a=1", "b=2", "a=3"]));
+        env.set("b", "file");
+        env.set("c", "file");
+        env.set("c", "later");
+        env.set_default("c", "default");
+        env.set_default("d", "default");
+        assert_eq!(env.encode(), b"b=2\0a=3\0c=later\0d=default\0\0");
+        env.force("b", "forced");
+        assert_eq!(env.get("b"), Some("forced"));
+        assert_eq!(Environment::default().encode(), b"\0");
     }
 
     #[test]
-    fn boot_flags_are_set_by_presence() {
-        assert_eq!(howto(&vars(&["boot_verbose=NO", "boot_single=YES"])), 0x802);
-        assert_eq!(howto(&vars(&["x=1"])), 0);
+    fn boot_flags_are_set_by_presence_and_by_arguments() {
+        let howto = |texts: &[&str], args: &str| Environment::new(&vars(texts)).howto(args);
+        assert_eq!(howto(&["boot_verbose=NO", "boot_single=YES"], ""), 0x802);
+        assert_eq!(howto(&["x=1"], "-sv kernel -a s"), 0x803);
+        assert_eq!(howto(&["console=comconsole"], ""), 0x1000);
+        assert_eq!(howto(&["console=comconsole vidconsole"], ""), 0x2000_1000);
+        assert_eq!(howto(&["console=vidconsole,comconsole"], ""), 0x2000_0000);
+        assert_eq!(
+            howto(&["console=vidconsole", "boot_serial=1"], ""),
+            0x2000_0000
+        );
+        assert_eq!(howto(&["console=nullconsole"], ""), 0x1_0000);
     }
 }

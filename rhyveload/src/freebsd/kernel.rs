@@ -1,9 +1,19 @@
-//! Where an ELF kernel's segments go (sys/boot/common/load_elf.c).
+//! Where an ELF kernel's segments and symbols go (sys/boot/common/load_elf.c).
 
 use std::fmt::Write;
 
+use object::elf::{ET_EXEC, SHT_SYMTAB};
+
+use super::FreebsdError;
+use super::metadata::{
+    FileRecords, MODINFOMD_DYNAMIC, MODINFOMD_ELFHDR, MODINFOMD_ESYM, MODINFOMD_SHDR,
+    MODINFOMD_SSYM,
+};
+use super::modmeta::{self, Modules};
+use super::sections::{Sections, kind, link, offset, size};
 use crate::elf::Elf;
-use crate::plan::{PlanError, Protocol, Segment};
+use crate::plan::{Blob, PlanError, Protocol, Segment};
+use crate::source::Source;
 use crate::space::Space;
 
 /// bhyveload's copyin keeps these bits of an address.
@@ -55,10 +65,122 @@ impl Kernel {
         })
     }
 
+    /// What the kernel is told of itself: for a FreeBSD kernel with symbols behind its segments,
+    /// whose bytes are added to the segments and to `blobs`.
+    ///
+    /// # Errors
+    ///
+    /// The section headers are damaged, or there is no room for the symbols.
+    pub fn describe(
+        &mut self,
+        elf: &Elf,
+        image: &(impl Source + ?Sized),
+        space: &mut Space,
+        blobs: &mut Vec<Blob>,
+    ) -> Result<Description, PlanError> {
+        let image: &dyn Source = &Whole(image);
+        let mut records = FileRecords::new("elf kernel", self.base, 0);
+        let mut summary = self.summary();
+        let sections = Sections::read(&elf.header, image).map_err(FreebsdError::from)?;
+        if !sections.headers.is_empty() {
+            records.add(MODINFOMD_SHDR, sections.encode());
+        }
+        if let Some(tables) = symbols(&sections, elf) {
+            let ssym = self.end;
+            let mut at = ssym;
+            for table in tables {
+                blobs.push(Blob {
+                    gpa: at,
+                    bytes: table.size.to_le_bytes().to_vec(),
+                });
+                at += 8;
+                let Range { offset, size } = table;
+                space.claim("the kernel's symbols", at - 8, size.saturating_add(8))?;
+                self.segments.push(Segment {
+                    offset,
+                    filesz: size,
+                    memsz: size,
+                    gpa: at,
+                });
+                at = (at + size).next_multiple_of(8);
+            }
+            self.end = at;
+            records.add(MODINFOMD_SSYM, ssym.to_le_bytes());
+            records.add(MODINFOMD_ESYM, at.to_le_bytes());
+            let [symtab, strtab] = tables.map(|table| table.size);
+            // Writing to a String cannot fail.
+            let _ = write!(summary, " syms=[0x8+{symtab:#x}+0x8+{strtab:#x}]");
+        }
+        if let Some(dynamic) = elf.dynamic {
+            records.add(MODINFOMD_DYNAMIC, dynamic.to_le_bytes());
+        }
+        records.add(MODINFOMD_ELFHDR, elf.header);
+        records.size = self.end - self.base;
+        Ok(Description {
+            records,
+            summary,
+            modules: modmeta::read(ET_EXEC.0, &sections, image),
+        })
+    }
+
     /// `text=0x... data=0x...+0x...`, as FreeBSD's loader says it.
     pub fn summary(&self) -> String {
         summary(&self.segments, &self.writable)
     }
+}
+
+/// What is known of a FreeBSD kernel.
+#[derive(Debug)]
+pub struct Description {
+    /// For the module list.
+    pub records: FileRecords,
+    /// What is said of it: `text=0x... data=0x...+0x... syms=[...]`.
+    pub summary: String,
+    /// The modules that are part of it.
+    pub modules: Modules,
+}
+
+/// A reference that is not `dyn`, as one that is.
+#[derive(Debug)]
+struct Whole<'a, S: ?Sized>(&'a S);
+
+impl<S: Source + ?Sized> Source for Whole<'_, S> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        self.0.read(offset, bytes)
+    }
+}
+
+/// Bytes of a file.
+#[derive(Clone, Copy)]
+struct Range {
+    offset: u64,
+    size: u64,
+}
+
+/// The symbol table and its strings, unless a segment has them already.
+fn symbols(sections: &Sections, elf: &Elf) -> Option<[Range; 2]> {
+    let headers = sections.headers.iter().enumerate();
+    let mut tables = headers.filter(|(_, header)| {
+        // Ends are checked against the file, so sums do not overflow.
+        let end = offset(header) + size(header);
+        let in_segment = |load: &crate::elf::Load| {
+            offset(header) >= load.offset && end <= load.offset + load.filesz
+        };
+        kind(header) == SHT_SYMTAB && size(header) != 0 && !elf.loads.iter().any(in_segment)
+    });
+    let (index, table) = tables.next_back()?;
+    let strings = sections
+        .headers
+        .get(link(table))
+        .filter(|_| link(table) != index)?;
+    Some([table, strings].map(|header| Range {
+        offset: offset(header),
+        size: size(header),
+    }))
 }
 
 /// `text=0x...` for each segment that is not writable, `data=0x...+0x...` for the others.

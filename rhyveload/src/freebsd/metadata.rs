@@ -6,11 +6,27 @@ const MODINFO_NAME: u32 = 0x0001;
 const MODINFO_TYPE: u32 = 0x0002;
 const MODINFO_ADDR: u32 = 0x0003;
 const MODINFO_SIZE: u32 = 0x0004;
+const MODINFO_ARGS: u32 = 0x0006;
 const MODINFO_METADATA: u32 = 0x8000;
-const MODINFOMD_ENVP: u32 = MODINFO_METADATA | 0x0006;
-const MODINFOMD_HOWTO: u32 = MODINFO_METADATA | 0x0007;
-const MODINFOMD_KERNEND: u32 = MODINFO_METADATA | 0x0008;
-const MODINFOMD_SMAP: u32 = MODINFO_METADATA | 0x1001;
+
+/// The ELF file header.
+pub const MODINFOMD_ELFHDR: u32 = 0x0002;
+/// Where the symbols begin.
+pub const MODINFOMD_SSYM: u32 = 0x0003;
+/// Where the symbols end.
+pub const MODINFOMD_ESYM: u32 = 0x0004;
+/// Virtual address of the dynamic section.
+pub const MODINFOMD_DYNAMIC: u32 = 0x0005;
+/// Where the environment is.
+pub const MODINFOMD_ENVP: u32 = 0x0006;
+/// Boot flags (RB_*).
+pub const MODINFOMD_HOWTO: u32 = 0x0007;
+/// First byte that is free behind everything that was loaded.
+pub const MODINFOMD_KERNEND: u32 = 0x0008;
+/// The ELF section headers.
+pub const MODINFOMD_SHDR: u32 = 0x0009;
+/// The memory map.
+pub const MODINFOMD_SMAP: u32 = 0x1001;
 
 /// One range of the memory map (struct bios_smap).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,53 +50,88 @@ impl Smap {
     }
 }
 
-/// What a kernel is told.
-#[derive(Clone, Debug)]
-pub struct Metadata<'a> {
-    /// Path the kernel was loaded from.
-    pub name: &'a str,
+/// One file in the module list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileRecords {
+    /// Path it was loaded from.
+    pub name: String,
+    /// What it is: `elf kernel`, `elf obj module`, `md_image`, ...
+    pub kind: String,
+    /// Its arguments, if there are any.
+    pub args: String,
     /// Guest-physical address of its first byte.
-    pub base: u64,
+    pub addr: u64,
     /// Length in memory.
     pub size: u64,
-    /// Boot flags (RB_*).
-    pub howto: u32,
-    /// Guest-physical address of the environment.
-    pub envp: u64,
-    /// First byte that is free behind everything that was loaded.
-    pub kernend: u64,
-    /// The memory map.
-    pub smap: Vec<Smap>,
+    records: Vec<(u32, Vec<u8>)>,
 }
 
-impl Metadata<'_> {
-    /// The records in the kernel's format: u32 type, u32 length, payload, padded to 8 bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let mut record = |kind: u32, payload: &[u8]| {
-            bytes.extend_from_slice(&kind.to_le_bytes());
-            bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-            bytes.extend_from_slice(payload);
-            bytes.resize(bytes.len().next_multiple_of(8), 0);
-        };
-        record(MODINFO_NAME, &text(self.name));
-        record(MODINFO_TYPE, &text("elf kernel"));
-        record(MODINFO_ADDR, &self.base.to_le_bytes());
-        record(MODINFO_SIZE, &self.size.to_le_bytes());
-        record(MODINFOMD_HOWTO, &self.howto.to_le_bytes());
-        record(MODINFOMD_ENVP, &self.envp.to_le_bytes());
-        record(MODINFOMD_KERNEND, &self.kernend.to_le_bytes());
-        let smap = self.smap.iter().flat_map(|entry| {
+impl FileRecords {
+    /// A file without a name, in `size` bytes from `addr` on.
+    pub fn new(kind: &str, addr: u64, size: u64) -> Self {
+        Self {
+            kind: kind.to_owned(),
+            addr,
+            size,
+            ..Self::default()
+        }
+    }
+
+    /// Adds a record of a MODINFOMD type.
+    pub fn add(&mut self, kind: u32, payload: impl Into<Vec<u8>>) {
+        self.records.push((kind, payload.into()));
+    }
+
+    /// Gives the records of a type another payload.
+    pub fn replace(&mut self, kind: u32, payload: impl Into<Vec<u8>>) {
+        let payload = payload.into();
+        for (_, old) in self.records.iter_mut().filter(|(of, _)| *of == kind) {
+            old.clone_from(&payload);
+        }
+    }
+
+    /// Adds the memory map.
+    pub fn add_smap(&mut self, smap: &[Smap]) {
+        let entries = smap.iter().flat_map(|entry| {
             let base = entry.base.to_le_bytes();
             let length = entry.length.to_le_bytes();
             base.into_iter()
                 .chain(length)
                 .chain(entry.kind.to_le_bytes())
         });
-        record(MODINFOMD_SMAP, &smap.collect::<Vec<_>>());
-        record(MODINFO_END, &[]);
-        bytes
+        self.add(MODINFOMD_SMAP, entries.collect::<Vec<_>>());
     }
+
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        record(bytes, MODINFO_NAME, &text(&self.name));
+        record(bytes, MODINFO_TYPE, &text(&self.kind));
+        if !self.args.is_empty() {
+            record(bytes, MODINFO_ARGS, &text(&self.args));
+        }
+        record(bytes, MODINFO_ADDR, &self.addr.to_le_bytes());
+        record(bytes, MODINFO_SIZE, &self.size.to_le_bytes());
+        // FreeBSD's loader keeps them in a list that it adds to in front.
+        for (kind, payload) in self.records.iter().rev() {
+            record(bytes, MODINFO_METADATA | kind, payload);
+        }
+    }
+}
+
+/// The list in the kernel's format: u32 type, u32 length, payload, padded to 8 bytes.
+pub fn encode<'a>(files: impl Iterator<Item = &'a FileRecords>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for file in files {
+        file.encode(&mut bytes);
+    }
+    record(&mut bytes, MODINFO_END, &[]);
+    bytes
+}
+
+fn record(bytes: &mut Vec<u8>, kind: u32, payload: &[u8]) {
+    bytes.extend_from_slice(&kind.to_le_bytes());
+    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(payload);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
 fn text(text: &str) -> Vec<u8> {
@@ -95,16 +146,21 @@ mod tests {
 
     #[test]
     fn records_are_aligned_and_end() {
-        let metadata = Metadata {
-            name: "/boot/kernel",
-            base: 0x20_0000,
+        let mut kernel = FileRecords {
+            name: "/boot/kernel".into(),
+            kind: "elf kernel".into(),
+            addr: 0x20_0000,
             size: 0x1234,
-            howto: 0x800,
-            envp: 0x30_0000,
-            kernend: 0x40_0000,
-            smap: vec![Smap::ram(0, 0xa_0000), Smap::ram(1 << 20, 1 << 28)],
+            ..FileRecords::default()
         };
-        let bytes = metadata.encode();
+        kernel.add(MODINFOMD_HOWTO, 0x800u32.to_le_bytes());
+        kernel.add_smap(&[Smap::ram(0, 0xa_0000), Smap::ram(1 << 20, 1 << 28)]);
+        let module = FileRecords {
+            name: "m".into(),
+            args: "-v".into(),
+            ..FileRecords::default()
+        };
+        let bytes = encode([&kernel, &module].into_iter());
         let mut found = Vec::new();
         let mut at = 0;
         loop {
@@ -119,8 +175,10 @@ mod tests {
         assert_eq!(at, bytes.len());
         assert_eq!(found[0], (1, b"/boot/kernel\0".to_vec()));
         assert_eq!(found[1], (2, b"elf kernel\0".to_vec()));
-        assert_eq!(found[4], (0x8007, 0x800u32.to_le_bytes().to_vec()));
-        assert_eq!((found[7].0, found[7].1.len()), (0x9001, 40));
-        assert_eq!(found[8], (0, Vec::new()));
+        assert_eq!((found[4].0, found[4].1.len()), (0x9001, 40));
+        assert_eq!(found[5], (0x8007, 0x800u32.to_le_bytes().to_vec()));
+        assert_eq!(found[6], (1, b"m\0".to_vec()));
+        assert_eq!(found[8], (6, b"-v\0".to_vec()));
+        assert_eq!(found[11], (0, Vec::new()));
     }
 }

@@ -1,28 +1,46 @@
 //! FreeBSD's hand-off: a kernel entered in long mode with a module list, as bhyve's userboot does
 //! it (sys/boot/userboot/userboot/elf64_freebsd.c).
 //!
-//! [`kernel`] places the ELF segments, [`mod@env`] and [`metadata`] make what the kernel reads,
-//! [`pagetable`] the fixed low pages. A plain static ELF64 file, as our probe guest is, is entered
+//! [`loader`] does what loader(8) does with a boot file system: [`config`] reads loader.conf (its
+//! grammar is [`loader_conf`]), [`search`] finds files, [`kernel`] and [`module`] say where their
+//! parts go, [`modmeta`] what they need. [`mod@env`] and [`metadata`] make what the kernel reads,
+//! [`pagetable`] the fixed low pages; [`hand_off`] puts these behind what was loaded. A plain static ELF64 file, as our probe guest is, is entered
 //! the same way, but loaded at its physical addresses.
 
+pub mod config;
+pub mod console;
 pub mod env;
 pub mod kernel;
+pub mod loader;
+pub mod loader_conf;
 pub mod metadata;
+pub mod modmeta;
+pub mod module;
 pub mod pagetable;
+pub mod search;
+pub mod sections;
 
 use vmm_api::boot::setup_freebsd_registers;
-use vmm_api::memory::HIGHMEM_BASE;
+use vmm_api::memory::{HIGHMEM_BASE, MemoryLayout};
+use vmm_api::regs::Registers;
 
 use crate::elf::{Elf, ElfError};
 use crate::plan::{Blob, LoadPlan, PlanError, Protocol, Request};
-use crate::space::Space;
-use kernel::Kernel;
-use metadata::{Metadata, Smap};
+use crate::source::Source;
+use crate::space::{Space, SpaceError};
+use env::Environment;
+use kernel::{Description, Kernel};
+use metadata::{FileRecords, MODINFOMD_ENVP, MODINFOMD_HOWTO, MODINFOMD_KERNEND, Smap};
+use modmeta::Modules;
+use sections::SectionError;
 
 /// The page tables map this much, over and over, so everything lies below.
 pub const REACH: u64 = 1 << 30;
 
 const PAGE: u64 = 4096;
+
+/// A kernel environment may have so many bytes.
+const ENVIRONMENT_MAX: u64 = 1 << 20;
 
 /// Why a kernel cannot be entered as FreeBSD's is.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +61,9 @@ pub enum FreebsdError {
     /// The environment is too large.
     #[error("the kernel environment has {0} bytes: at most 1 MiB is allowed")]
     Environment(u64),
+    /// ELF section headers.
+    #[error(transparent)]
+    Sections(#[from] SectionError),
 }
 
 /// Plans the load of an ELF kernel.
@@ -50,7 +71,12 @@ pub enum FreebsdError {
 /// # Errors
 ///
 /// A segment has no place, the entry point is not mapped, or an initial RAM disk is wanted.
-pub fn plan(elf: &Elf, protocol: Protocol, request: &Request<'_>) -> Result<LoadPlan, PlanError> {
+pub fn plan(
+    elf: &Elf,
+    image: &(impl Source + ?Sized),
+    protocol: Protocol,
+    request: &Request<'_>,
+) -> Result<LoadPlan, PlanError> {
     if request.initrd.is_some() {
         return Err(PlanError::Option {
             option: "--initrd",
@@ -58,63 +84,106 @@ pub fn plan(elf: &Elf, protocol: Protocol, request: &Request<'_>) -> Result<Load
             why: "their root disk is a module of type mfs_root or a virtual disk",
         });
     }
-    let mut space = Space::new(request.layout, REACH);
-    space.claim("the loader's own pages", 0, pagetable::END)?;
-    let kernel = Kernel::place(elf, protocol, &mut space)?;
+    let mut space = new_space(request.layout)?;
+    let mut kernel = Kernel::place(elf, protocol, &mut space)?;
     check_entry(elf, &kernel)?;
-
-    let env_base = kernel.end.next_multiple_of(PAGE);
-    let env = env::encode(request.env, request.cmdline);
-    let env_len = env.len() as u64;
-    if env_len > 1 << 20 {
-        return Err(FreebsdError::Environment(env_len).into());
-    }
-    space.claim("the kernel environment", env_base, env_len)?;
-
-    let modulep = (env_base + env_len).next_multiple_of(PAGE);
-    let mut metadata = Metadata {
-        name: request.kernel,
-        base: kernel.base,
-        size: kernel.end - kernel.base,
-        howto: env::howto(request.env),
-        envp: env_base,
-        kernend: 0,
-        smap: smap(request),
+    let mut blobs = Vec::new();
+    let mut description = match protocol {
+        Protocol::Freebsd => kernel.describe(elf, image, &mut space, &mut blobs)?,
+        // A plain kernel reads no symbols.
+        _ => Description {
+            records: FileRecords::new("elf kernel", kernel.base, kernel.end - kernel.base),
+            summary: kernel.summary(),
+            modules: Modules::default(),
+        },
     };
-    let kernend = (modulep + metadata.encode().len() as u64).next_multiple_of(PAGE);
-    metadata.kernend = kernend;
-    space.claim("the kernel metadata", modulep, kernend - modulep)?;
-
-    let low_pages = pagetable::encode(modulep, kernend);
+    description.records.name = request.kernel.to_owned();
+    let mut env = Environment::new(request.env);
+    if let Some(cmdline) = request.cmdline {
+        env.force("cmdline", cmdline);
+    }
+    let mut files = [description.records];
+    let low = hand_off(&mut files, &env, request.layout, &mut space)?;
+    blobs.extend(low);
     Ok(LoadPlan {
         protocol,
-        summary: kernel.summary(),
+        summary: description.summary,
         segments: kernel.segments,
-        blobs: vec![
-            Blob {
-                gpa: env_base,
-                bytes: env,
-            },
-            Blob {
-                gpa: modulep,
-                bytes: metadata.encode(),
-            },
-            Blob {
-                gpa: pagetable::STACK,
-                bytes: low_pages,
-            },
-        ],
+        blobs,
         initrd: None,
-        registers: setup_freebsd_registers(
-            elf.entry,
-            pagetable::PML4,
-            pagetable::GDT,
-            pagetable::STACK,
-        ),
+        registers: registers(elf.entry),
     })
 }
 
-fn check_entry(elf: &Elf, kernel: &Kernel) -> Result<(), PlanError> {
+/// Guest memory as far as a FreeBSD kernel's page tables reach, less the loader's own pages.
+///
+/// # Errors
+///
+/// There is less memory than that.
+pub fn new_space(layout: MemoryLayout) -> Result<Space, SpaceError> {
+    let mut space = Space::new(layout, REACH);
+    space.claim("the loader's own pages", 0, pagetable::END)?;
+    Ok(space)
+}
+
+/// The registers with which a kernel starts.
+pub fn registers(entry: u64) -> Registers {
+    setup_freebsd_registers(entry, pagetable::PML4, pagetable::GDT, pagetable::STACK)
+}
+
+/// What follows the files in memory, and the low pages: environment, module list, stack, page
+/// tables, GDT. The first of `files` is the kernel.
+///
+/// # Errors
+///
+/// There is no room.
+pub fn hand_off(
+    files: &mut [FileRecords],
+    env: &Environment,
+    layout: MemoryLayout,
+    space: &mut Space,
+) -> Result<[Blob; 3], PlanError> {
+    // All of these were claimed below 1 GiB.
+    let ends = files.iter().map(|file| file.addr + file.size);
+    let envp = ends.max().unwrap_or(0).next_multiple_of(PAGE);
+    let strings = env.encode();
+    let len = strings.len() as u64;
+    if len > ENVIRONMENT_MAX {
+        return Err(FreebsdError::Environment(len).into());
+    }
+    space.claim("the kernel environment", envp, len)?;
+
+    let modulep = (envp + len).next_multiple_of(PAGE);
+    if let Some(kernel) = files.first_mut() {
+        kernel.add(MODINFOMD_HOWTO, env.howto(&kernel.args).to_le_bytes());
+        kernel.add(MODINFOMD_ENVP, envp.to_le_bytes());
+        kernel.add(MODINFOMD_KERNEND, 0u64.to_le_bytes());
+        kernel.add_smap(&smap(layout));
+    }
+    let size = metadata::encode(files.iter()).len() as u64;
+    let kernend = (modulep + size).next_multiple_of(PAGE);
+    space.claim("the kernel metadata", modulep, kernend - modulep)?;
+    if let Some(kernel) = files.first_mut() {
+        kernel.replace(MODINFOMD_KERNEND, kernend.to_le_bytes());
+    }
+    Ok([
+        Blob {
+            gpa: envp,
+            bytes: strings,
+        },
+        Blob {
+            gpa: modulep,
+            bytes: metadata::encode(files.iter()),
+        },
+        Blob {
+            gpa: pagetable::STACK,
+            bytes: pagetable::encode(modulep, kernend),
+        },
+    ])
+}
+
+/// Whether the page tables map the entry point to where it is loaded.
+pub(crate) fn check_entry(elf: &Elf, kernel: &Kernel) -> Result<(), PlanError> {
     let entry = elf.entry;
     let loads = elf.loads.iter().zip(&kernel.segments);
     let at = loads
@@ -132,8 +201,7 @@ fn check_entry(elf: &Elf, kernel: &Kernel) -> Result<(), PlanError> {
 }
 
 /// The memory map that bhyve's userboot hands over (biossmap.c): no entry for the BIOS area.
-fn smap(request: &Request<'_>) -> Vec<Smap> {
-    let layout = request.layout;
+fn smap(layout: MemoryLayout) -> Vec<Smap> {
     let low = Smap::ram(0, 640 << 10);
     let main = Smap::ram(1 << 20, layout.lowmem.saturating_sub(1 << 20));
     let high = (layout.highmem != 0).then(|| Smap::ram(HIGHMEM_BASE, layout.highmem));

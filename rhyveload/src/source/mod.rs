@@ -89,11 +89,6 @@ impl FileSource {
             file,
         })
     }
-
-    /// The file itself.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
 }
 
 impl Source for FileSource {
@@ -103,6 +98,33 @@ impl Source for FileSource {
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(bytes, offset)
+    }
+}
+
+/// Reads a source from its beginning to its end.
+#[derive(Debug)]
+pub struct Stream<'a> {
+    source: &'a dyn Source,
+    position: u64,
+}
+
+impl<'a> Stream<'a> {
+    /// All of a source.
+    pub fn new(source: &'a dyn Source) -> Self {
+        Self {
+            source,
+            position: 0,
+        }
+    }
+}
+
+impl io::Read for Stream<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = self.source.size() - self.position;
+        let len = usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()));
+        self.source.read(self.position, &mut bytes[..len])?;
+        self.position += len as u64;
+        Ok(len)
     }
 }
 

@@ -14,7 +14,7 @@ use rhyveload::source::{BootFs, FileKind, FsError, Slice, Source};
 use tempfile::TempDir;
 
 /// Debian's makefs: what `cargo xtask test` names in $MAKEFS, or the one that is installed.
-fn makefs(options: &str, image: &Path, tree: &Path) {
+pub fn makefs(options: &str, image: &Path, tree: &Path) {
     let program = std::env::var_os("MAKEFS").unwrap_or_else(|| "/usr/sbin/makefs".into());
     let output = Command::new(&program)
         .args([

@@ -1,9 +1,13 @@
 //! Loads made-up kernels, as plans and as a process, and reads file systems.
 
 #[cfg(test)]
+mod boot;
+#[cfg(test)]
 mod disks;
 #[cfg(test)]
 mod elf;
+#[cfg(test)]
+mod freebsd_files;
 #[cfg(test)]
 mod image;
 #[cfg(test)]

@@ -1,0 +1,264 @@
+//! What loader.conf(5) and the files around it say: variables, and modules to load.
+//!
+//! The order is the loader's: `/boot/defaults/loader.conf`, the files that `loader_conf_files` names
+//! (each once, however often it is named), those of `loader_conf_dirs`, `local_loader_conf_files`,
+//! and `nextboot_conf`. Files that are not there are passed over; what is wrong in one is said with
+//! its name and line, and the rest counts.
+
+use std::collections::HashSet;
+
+use super::console::Console;
+use super::env::Environment;
+use super::loader_conf::{Assignment, parse};
+use crate::source::{BootFs, FileKind, FsError};
+
+/// The first file.
+pub const DEFAULTS: &str = "/boot/defaults/loader.conf";
+
+/// A configuration file may have so many bytes.
+const FILE_MAX: u64 = 8 << 20;
+
+/// So many configuration files are read.
+const FILES_MAX: usize = 256;
+
+/// A value may have so many bytes; expansion could double it in every line.
+const VALUE_MAX: usize = 64 << 10;
+
+/// A module, or another file to be handed to the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModuleSpec {
+    /// What is before `_load`.
+    pub key: String,
+    /// Whether it is wanted.
+    pub load: bool,
+    /// `_name`: the file, if it is not the key.
+    pub name: Option<String>,
+    /// `_type`: what it is, if it is no kernel module.
+    pub kind: Option<String>,
+    /// `_flags`: its arguments.
+    pub flags: String,
+    /// `_before`: a command to run first.
+    pub before: Option<String>,
+    /// `_after`: a command to run when it is loaded.
+    pub after: Option<String>,
+    /// `_error`: a command to run when it cannot be loaded.
+    pub error: Option<String>,
+}
+
+impl ModuleSpec {
+    /// The file to look for.
+    pub fn file(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.key)
+    }
+}
+
+/// What the configuration came to.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// The loader's variables.
+    pub env: Environment,
+    /// Modules in the order in which they were first mentioned.
+    pub modules: Vec<ModuleSpec>,
+    /// `module_blacklist`: modules that are not loaded, whatever else is said.
+    pub blacklist: Vec<String>,
+}
+
+impl Config {
+    /// Reads all configuration of a boot file system, over the variables that `env` has.
+    pub fn read(fs: &dyn BootFs, env: Environment, console: &mut Console<'_>) -> Self {
+        let mut reader = Reader {
+            fs,
+            console,
+            config: Self {
+                env,
+                ..Self::default()
+            },
+            seen: HashSet::new(),
+        };
+        reader.all();
+        let mut config = reader.config;
+        let list = config.env.get("module_blacklist").unwrap_or_default();
+        config.blacklist = words(list);
+        config
+    }
+
+    fn module(&mut self, key: &str) -> &mut ModuleSpec {
+        let index = self.modules.iter().position(|module| module.key == key);
+        let index = index.unwrap_or_else(|| {
+            self.modules.push(ModuleSpec {
+                key: key.to_owned(),
+                ..ModuleSpec::default()
+            });
+            self.modules.len() - 1
+        });
+        &mut self.modules[index]
+    }
+
+    /// Takes one assignment.
+    pub fn assign(&mut self, name: &str, value: String) {
+        let some = |value: String| Some(value).filter(|value| !value.is_empty());
+        match name.rsplit_once('_').filter(|(key, _)| !key.is_empty()) {
+            Some((key, "load")) => self.module(key).load = value.eq_ignore_ascii_case("yes"),
+            Some((key, "name")) => self.module(key).name = some(value),
+            Some((key, "type")) => self.module(key).kind = some(value),
+            Some((key, "flags")) => self.module(key).flags = value,
+            Some((key, "before")) => self.module(key).before = some(value),
+            Some((key, "after")) => self.module(key).after = some(value),
+            Some((key, "error")) => self.module(key).error = some(value),
+            _ => self.env.set(name, &value),
+        }
+    }
+}
+
+/// The words of a list of files or modules.
+fn words(list: &str) -> Vec<String> {
+    let separators = |c: char| c.is_ascii_whitespace() || c == ',';
+    let words = list.split(separators).filter(|word| !word.is_empty());
+    words.map(str::to_owned).collect()
+}
+
+struct Reader<'a, 'c> {
+    fs: &'a dyn BootFs,
+    console: &'a mut Console<'c>,
+    config: Config,
+    seen: HashSet<String>,
+}
+
+impl Reader<'_, '_> {
+    fn all(&mut self) {
+        // What a distribution's defaults say, for trees that have none.
+        let defaults = [
+            ("kernel", "kernel"),
+            ("bootfile", "kernel"),
+            ("kernel_options", ""),
+            ("module_path", "/boot/modules"),
+            (
+                "loader_conf_files",
+                "/boot/device.hints /boot/loader.conf /boot/loader.conf.local",
+            ),
+            ("loader_conf_dirs", "/boot/loader.conf.d"),
+        ];
+        if !self.file(DEFAULTS) {
+            for (name, value) in defaults {
+                self.config.env.set_default(name, value);
+            }
+            self.files("loader_conf_files");
+        }
+        for (name, value) in &defaults[..4] {
+            self.config.env.set_default(name, value);
+        }
+        for directory in self.list("loader_conf_dirs") {
+            self.directory(&directory);
+        }
+        self.files("local_loader_conf_files");
+        let nextboot = self.config.env.get("nextboot_enable");
+        if nextboot.is_some_and(|value| value.eq_ignore_ascii_case("yes"))
+            && let Some(path) = self.list("nextboot_conf").first()
+            && self.file(path)
+        {
+            self.console.complain(&format!(
+                "{path}: in effect until it is removed: nothing is written to the boot file system"
+            ));
+        }
+    }
+
+    fn list(&self, name: &str) -> Vec<String> {
+        words(self.config.env.get(name).unwrap_or_default())
+    }
+
+    fn files(&mut self, name: &str) {
+        for path in self.list(name) {
+            self.file(&path);
+        }
+    }
+
+    fn directory(&mut self, path: &str) {
+        let Ok(entries) = self.fs.read_dir(path) else {
+            return;
+        };
+        for entry in entries {
+            if entry.kind != FileKind::Directory && entry.name.ends_with(".conf") {
+                self.file(&format!("{}/{}", path.trim_end_matches('/'), entry.name));
+            }
+        }
+    }
+
+    /// Reads one file and those it names, unless that was done before. False if it is not there.
+    fn file(&mut self, path: &str) -> bool {
+        // A stack of its own: files that name files must not use up the program's.
+        let mut found = None;
+        let mut left = vec![path.to_owned()];
+        while let Some(path) = left.pop() {
+            if self.seen.contains(&path) {
+                continue;
+            }
+            if self.seen.len() >= FILES_MAX {
+                let text = format!("{path}: not read: there are more than {FILES_MAX} files");
+                self.console.complain(&text);
+                break;
+            }
+            self.seen.insert(path.clone());
+            let text = match self.fs.read_file(&path, FILE_MAX) {
+                Ok(bytes) => Some(bytes),
+                Err(FsError::NotFound | FsError::NotDirectory) => None,
+                Err(error) => {
+                    self.console.complain(&format!("{path}: {error}"));
+                    None
+                }
+            };
+            found.get_or_insert(text.is_some());
+            if let Some(bytes) = text {
+                let named = self.text(&path, &String::from_utf8_lossy(&bytes));
+                left.extend(named.into_iter().rev());
+            }
+        }
+        found.unwrap_or(false)
+    }
+
+    /// Takes a file's assignments. Answers with the files that it names.
+    fn text(&mut self, path: &str, text: &str) -> Vec<String> {
+        let mut named = Vec::new();
+        for line in parse(text) {
+            let result = match line {
+                Ok(Assignment { line, name, value }) => self
+                    .expand(&value)
+                    .map(|value| match name.as_str() {
+                        "exec" => self.console.command(&format!("{path}:{line}"), &value),
+                        "loader_conf_files" => {
+                            self.config.env.set(&name, &value);
+                            named.extend(self.list(&name));
+                        }
+                        _ => self.config.assign(&name, value),
+                    })
+                    .map_err(|error| (line, error)),
+                Err(error) => Err((error.line, error.to_string())),
+            };
+            if let Err((line, error)) = result {
+                self.console.complain(&format!("{path}:{line}: {error}"));
+            }
+        }
+        named
+    }
+
+    /// Puts values in the places of `${name}`.
+    fn expand(&self, value: &str) -> Result<String, String> {
+        let mut expanded = String::new();
+        let mut rest = value;
+        while let Some((before, after)) = rest.split_once("${") {
+            let Some((name, after)) = after.split_once('}') else {
+                break;
+            };
+            expanded += before;
+            expanded += self.config.env.get(name).unwrap_or_default();
+            rest = after;
+            if expanded.len() > VALUE_MAX {
+                break;
+            }
+        }
+        expanded += rest;
+        match expanded.len() {
+            0..=VALUE_MAX => Ok(expanded),
+            _ => Err(format!("the value has more than {VALUE_MAX} bytes")),
+        }
+    }
+}
