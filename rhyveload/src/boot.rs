@@ -43,6 +43,9 @@ pub enum BootError {
     /// More disks than bhyveload takes.
     #[error("{0} disks: at most {DISKS_MAX} are possible")]
     Disks(usize),
+    /// Neither a directory nor a disk.
+    #[error("nothing to boot from: give a directory by -h, or a disk by -d")]
+    Nothing,
     /// The loader.
     #[error(transparent)]
     Loader(#[from] LoaderError),
@@ -62,12 +65,19 @@ impl BootJob {
             return Err(BootError::Disks(self.disks.len()));
         }
         let mut devices = Vec::new();
+        let mut empty = None;
         for (unit, path) in self.disks.iter().enumerate() {
-            let found = volumes(path, unit)?.into_iter();
-            devices.extend(found.map(|volume| Device {
-                name: volume.name,
-                fs: volume.fs,
-            }));
+            match volumes(path, unit) {
+                Ok(found) => devices.extend(found.into_iter().map(|volume| Device {
+                    name: volume.name,
+                    fs: volume.fs,
+                })),
+                // There may be disks for other purposes among them.
+                Err(error @ DiskError::NoFileSystem { .. }) => {
+                    empty.get_or_insert(error);
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         if let Some(path) = &self.directory {
             let fs = HostDir::new(path).map_err(|source| BootError::Directory {
@@ -84,10 +94,11 @@ impl BootJob {
             stat.is_ok_and(|stat| stat.kind == FileKind::Directory)
         };
         let index = devices.iter().position(has_boot).unwrap_or(0);
-        if devices.is_empty() {
-            return Err(BootError::Disks(0));
+        match (devices.is_empty(), empty) {
+            (false, _) => Ok(devices.swap_remove(index)),
+            (true, Some(error)) => Err(error.into()),
+            (true, None) => Err(BootError::Nothing),
         }
-        Ok(devices.swap_remove(index))
     }
 
     /// Reads the configuration and lays everything out.

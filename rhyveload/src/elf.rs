@@ -37,8 +37,11 @@ pub enum ElfError {
     /// Class, byte order or version.
     #[error("not a 64-bit little-endian ELF file of version 1")]
     Ident,
+    /// ELFCLASS32.
+    #[error("a 32-bit ELF file for {name}: only amd64 kernels can be loaded", name = machine(*.0))]
+    Class(u16),
     /// Machine.
-    #[error("an ELF file for another machine (e_machine {0}), not x86-64")]
+    #[error("an ELF file for {name} (e_machine {0}), not x86-64", name = machine(*.0))]
     Machine(u16),
     /// Position-independent.
     #[error("a position-independent ELF file (ET_DYN), not a kernel: link it with -no-pie")]
@@ -84,6 +87,22 @@ pub enum ElfError {
     /// The entry point is nowhere.
     #[error("the ELF entry point {0:#x} is in no loaded segment")]
     Entry(u64),
+}
+
+/// What kernels are made for, by e_machine (System V ABI, figure 4-4, and its supplements).
+fn machine(number: u16) -> &'static str {
+    match number {
+        3 => "i386",
+        8 => "mips",
+        20 => "powerpc",
+        21 => "powerpc64",
+        40 => "arm",
+        43 => "sparc64",
+        62 => "x86-64",
+        183 => "arm64",
+        243 => "riscv",
+        _ => "another machine",
+    }
 }
 
 /// What a kernel's ELF headers say.
@@ -136,6 +155,12 @@ impl Elf {
     ///
     /// Not an ELF kernel for this machine, or its headers lie.
     pub fn parse(head: &[u8], image: &(impl Source + ?Sized)) -> Result<Self, ElfError> {
+        // ELFCLASS32, ELFDATA2LSB; e_machine is where it is in a 64-bit header.
+        if let [_, _, _, _, 1, 1, ..] = head
+            && let Some(&[low, high]) = head.get(18..20)
+        {
+            return Err(ElfError::Class(u16::from_le_bytes([low, high])));
+        }
         let header = FileHeader64::<LittleEndian>::parse(head).map_err(|_| ElfError::Ident)?;
         let endian = header.endian().map_err(|_| ElfError::Ident)?;
         if header.e_machine(endian) != EM_X86_64 {

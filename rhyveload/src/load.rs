@@ -1,7 +1,7 @@
 //! A load from beginning to end: open, plan, take the VM, copy, store.
 //!
 //! A kernel file is planned by [`crate::plan`], a boot file system (`-h`, `-d`) is gone through by
-//! [`crate::freebsd::loader`]; both come to a [`Filling`]: what is copied where.
+//! [`crate::freebsd::loader`]; both come to a list of what is copied where.
 //!
 //! The order is what keeps a VM whole. The kernel is opened and planned before the object is
 //! touched, so a bad kernel changes nothing. From the first change until everything is in place the

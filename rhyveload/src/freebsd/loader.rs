@@ -15,9 +15,11 @@ use super::metadata::FileRecords;
 use super::modmeta::{Dependency, Modules};
 use super::module::{Module, ModuleError};
 use super::search::{self, Versions};
-use super::{PAGE, check_entry, hand_off, new_space, registers};
+use super::{FreebsdError, PAGE, check_entry, hand_off, new_space, registers};
 use crate::elf::{self, Elf};
 use crate::image::{Image, ImageError};
+use crate::linux::bzimage;
+use crate::linux::vmlinux::is_vmlinux;
 use crate::plan::{Blob, PlanError, Protocol, Segment};
 use crate::progress::Progress;
 use crate::source::{BootFs, FsError, Source};
@@ -217,10 +219,16 @@ impl<'a, 'c> Loader<'a, 'c> {
         let (file, _) = search::open(self.fs, path).map_err(read)?;
         let image = Image::new(file, self.room(), self.progress)?;
         let head = image.head(elf::HEAD).map_err(PlanError::Read)?;
+        if bzimage::is_bzimage(&head) {
+            return Err(FreebsdError::Linux.into());
+        }
         if !head.starts_with(elf::MAGIC) {
             return Err(PlanError::Unknown);
         }
         let elf = Elf::parse(&head, &image)?;
+        if is_vmlinux(&elf) {
+            return Err(FreebsdError::Linux.into());
+        }
         let mut kernel = Kernel::place(&elf, Protocol::Freebsd, &mut self.space)?;
         check_entry(&elf, &kernel)?;
         let described = kernel.describe(&elf, &image, &mut self.space, &mut self.blobs)?;

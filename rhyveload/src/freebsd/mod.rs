@@ -61,6 +61,9 @@ pub enum FreebsdError {
     /// The environment is too large.
     #[error("the kernel environment has {0} bytes: at most 1 MiB is allowed")]
     Environment(u64),
+    /// Linux, where FreeBSD was expected.
+    #[error("a Linux kernel, not FreeBSD's: load it by --kernel")]
+    Linux,
     /// ELF section headers.
     #[error(transparent)]
     Sections(#[from] SectionError),

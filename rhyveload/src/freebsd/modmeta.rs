@@ -121,20 +121,23 @@ impl Memory<'_> {
         }
     }
 
-    /// The bytes at an address, if they are in one section of the file.
-    fn bytes<const N: usize>(&self, at: u64) -> Option<[u8; N]> {
+    /// The bytes at an address, `max` at most, as far as its section has them.
+    fn span(&self, at: u64, max: u64) -> Option<Vec<u8>> {
         let inside = |header: &&_| {
+            let within = at.checked_sub(addr(header));
             addr(header) != 0
                 && kind(header) != SHT_NOBITS
-                && at >= addr(header)
-                && at - addr(header) <= size(header).saturating_sub(N as u64)
-                && size(header) >= N as u64
+                && within.is_some_and(|within| within < size(header))
         };
         let header = self.sections.headers.iter().find(inside)?;
-        let mut bytes = [0; N];
-        let from = offset(header) + (at - addr(header));
-        self.image.read(from, &mut bytes).ok()?;
+        let within = at - addr(header);
+        let mut bytes = vec![0; max.min(size(header) - within) as usize];
+        self.image.read(offset(header) + within, &mut bytes).ok()?;
         Some(bytes)
+    }
+
+    fn bytes<const N: usize>(&self, at: u64) -> Option<[u8; N]> {
+        self.span(at, N as u64)?.try_into().ok()
     }
 
     /// The pointer at an address, relocated.
@@ -169,14 +172,9 @@ impl Memory<'_> {
     }
 
     fn name(&self, at: u64) -> Option<String> {
-        let mut name = Vec::new();
-        for index in 0..NAME_MAX {
-            match self.bytes(at.checked_add(index)?)? {
-                [0] => break,
-                [byte] => name.push(byte),
-            }
-        }
-        Some(String::from_utf8_lossy(&name).into_owned())
+        let bytes = self.span(at, NAME_MAX)?;
+        let name = bytes.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(name).into_owned())
     }
 
     /// struct mod_metadata: i32 version, i32 type, pointers to data and name.

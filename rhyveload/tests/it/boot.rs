@@ -248,10 +248,14 @@ fn compressed_and_from_a_disk_it_is_the_same() {
     }
     let image = place.tmp.path().join("disk");
     makefs("version=2", &image, &root);
-    let text = stdout(&boot(&place, &["-m", "64", "-d", image.to_str().unwrap()]));
+    let image = image.to_str().unwrap();
+    // A disk for other purposes comes first.
+    let blank = place.file("blank", &[0; 100_000]);
+    let blank = blank.to_str().unwrap();
+    let text = stdout(&boot(&place, &["-m", "64", "-d", blank, "-d", image]));
     assert!(text.contains(LOADED), "{text}");
     let guest = Guest::of(&place);
-    assert!(guest.has("currdev=disk0:"));
+    assert!(guest.has("currdev=disk1:"));
     assert_eq!(guest.bytes(guest.long(3, 3), 5000), vec![7; 5000]);
 }
 
@@ -326,7 +330,14 @@ fn a_kernel_that_is_not_there_or_no_kernel_changes_nothing() {
     assert!(text.contains("neither /boot/old/kernel nor old"), "{text}");
     fs::write(&kernel, crate::kernels::bzimage()).unwrap();
     let text = refused(&[]);
-    assert!(text.contains("/boot/kernel/kernel: not a kernel"), "{text}");
+    assert!(
+        text.contains("kernel: a Linux kernel, not FreeBSD's"),
+        "{text}"
+    );
+    fs::write(&kernel, crate::kernels::vmlinux()).unwrap();
+    assert!(refused(&[]).contains("a Linux kernel"));
+    fs::write(&kernel, "no kernel").unwrap();
+    assert!(refused(&[]).contains("/boot/kernel/kernel: not a kernel"));
     let mut large = crate::freebsd_files::kernel(&[]);
     large[64 + 56 + 40..64 + 56 + 48].copy_from_slice(&(1u64 << 40).to_le_bytes());
     fs::write(&kernel, large).unwrap();

@@ -89,9 +89,10 @@ fn what_is_no_kernel_is_refused_with_a_reason() {
     };
     assert!(failure(plan(&b""[..], &request(64))).contains("not a kernel"));
     assert!(failure(plan(&b"\x7fELF"[..], &request(64))).contains("64-bit"));
-    assert!(field(4, 1, 1).contains("64-bit"));
+    assert!(field(4, 1, 1).contains("a 32-bit ELF file for x86-64"));
+    assert!(field(4, 3, 1).contains("64-bit"));
     assert!(field(5, 2, 1).contains("little-endian"));
-    assert!(field(18, 183, 2).contains("e_machine 183"));
+    assert!(field(18, 183, 2).contains("for arm64 (e_machine 183)"));
     assert!(field(16, 3, 2).contains("-no-pie"));
     assert!(field(16, 1, 2).contains("e_type 1"));
     assert!(field(32, 1 << 20, 8).contains("program headers"));
