@@ -246,8 +246,8 @@ impl GuestRam {
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
             let start = mapping.start().cast().as_ptr();
-            // SAFETY: the mapping has this size and lives as long as `memory`, which is not lent as
-            // a type that can be cloned.
+            // SAFETY: the mapping has this size and lives as long as `memory`, which is lent as a type
+            // that can be cloned only by `for_devices`, which sees to it.
             let region = unsafe { region.with_raw_mmap_pointer(start) }
                 .build()
                 .map_err(|e| MemoryError::Map(io::Error::other(e)))?;
@@ -269,6 +269,14 @@ impl GuestRam {
     /// first write, or a full tmpfs is a SIGBUS.
     pub fn memory(&self) -> &(impl GuestMemoryBackend + use<>) {
         &self.memory
+    }
+
+    /// The mapping for devices, who keep clones of it and hand it to threads. It stays mapped until
+    /// the process ends.
+    pub fn for_devices(&self) -> GuestMemoryMmap {
+        // A clone may outlive this, so the mappings it points into must outlive everything.
+        std::mem::forget(Arc::clone(&self.mappings));
+        self.memory.clone()
     }
 
     /// Where the RAM lies.

@@ -7,11 +7,13 @@ mod capture;
 mod convert;
 mod cpuid;
 mod inspect;
+mod irq;
 mod kick;
 mod vcpu;
 mod vm;
 
 pub use cpuid::CpuidPolicy;
+pub use irq::{BoundDoorbell, Doorbell, GsiRouter, MsiMessage, MsiRoute};
 pub use kick::Kick;
 pub use vcpu::{Counters, KvmVcpu};
 pub use vm::{KvmVm, VmPolicy};

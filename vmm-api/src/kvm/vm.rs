@@ -5,7 +5,8 @@ use std::sync::Arc;
 use kvm_bindings::{
     CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_pit_config, kvm_userspace_memory_region,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, MsrExitReason, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -68,7 +69,9 @@ impl KvmVm {
         };
         fd.create_pit2(pit)
             .map_err(ioctl("make the interval timer"))?;
-        fd.set_gsi_routing(&legacy_routing()?)
+        let routing = KvmIrqRouting::from_entries(&legacy_routing())
+            .map_err(|e| KvmError::State(format!("routing: {e:?}")))?;
+        fd.set_gsi_routing(&routing)
             .map_err(ioctl("route interrupts"))?;
         if policy.unknown_msr_exits {
             let mut cap = kvm_enable_cap {
@@ -122,6 +125,34 @@ impl KvmVm {
             .map_err(ioctl("drive an interrupt line"))
     }
 
+    /// Makes these inputs of the two 8259s, 0 to 15, level triggered, as firmware does by the ELCR
+    /// for those that PCI shares. KVM takes no others than 3 to 7, 9 to 12, 14 and 15.
+    ///
+    /// # Errors
+    ///
+    /// KVM does not give or take the state of its chips.
+    pub fn set_level_triggered(&self, irqs: &[u8]) -> Result<(), KvmError> {
+        for (chip_id, first) in [(KVM_IRQCHIP_PIC_MASTER, 0), (KVM_IRQCHIP_PIC_SLAVE, 8)] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..kvm_irqchip::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(ioctl("tell the state of an 8259"))?;
+            let mask = irqs
+                .iter()
+                .filter(|irq| (first..first + 8).contains(*irq))
+                .fold(0, |mask, irq| mask | 1 << (irq - first));
+            // SAFETY: the union holds an 8259's state, for that is the chip asked for; it is bytes.
+            unsafe { chip.chip.pic.elcr |= mask };
+            self.fd
+                .set_irqchip(&chip)
+                .map_err(ioctl("take the state of an 8259"))?;
+        }
+        Ok(())
+    }
+
     /// The VM's KVM statistics, as a file to read with [`crate::stats`].
     ///
     /// # Errors
@@ -135,7 +166,7 @@ impl KvmVm {
 /// GSI 0-15 reach PIC and I/O APIC, 16-23 the I/O APIC alone, each at the pin of its number; but
 /// the PIT (GSI 0) is at pin 2 of the I/O APIC, as on every PC, and nothing else is (the PIC's
 /// IRQ 2 is its cascade). The MPtable and the MADT describe exactly this.
-fn legacy_routing() -> Result<KvmIrqRouting, KvmError> {
+pub(super) fn legacy_routing() -> Vec<kvm_irq_routing_entry> {
     let entry = |gsi: u32, irqchip: u32, pin: u32| {
         let mut entry = kvm_irq_routing_entry {
             gsi,
@@ -159,7 +190,7 @@ fn legacy_routing() -> Result<KvmIrqRouting, KvmError> {
             if gsi == 0 { 2 } else { gsi },
         ));
     }
-    KvmIrqRouting::from_entries(&entries).map_err(|e| KvmError::State(format!("routing: {e:?}")))
+    entries
 }
 
 fn set_memory(fd: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
