@@ -78,6 +78,15 @@ impl Drop for Source {
     }
 }
 
+/// One line to the inputs of two interrupt controllers.
+pub struct Fork(pub [Arc<dyn IrqLine>; 2]);
+
+impl IrqLine for Fork {
+    fn set(&self, asserted: bool) {
+        self.0.iter().for_each(|line| line.set(asserted));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

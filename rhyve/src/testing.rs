@@ -7,8 +7,11 @@ mod driver;
 
 pub use driver::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor, Sent};
 
+use vmm_api::kvm::MsiMessage;
+
 use crate::irq::IrqLine;
 use crate::isa::clock::Clock;
+use crate::pci::{MsiSink, MsiVector};
 use crate::suspend::{SuspendHow, SuspendSink};
 
 /// An interrupt line that remembers every change of its level.
@@ -45,6 +48,38 @@ impl IrqLine for FakeIrq {
         if edges.last().copied().unwrap_or(false) != asserted {
             edges.push(asserted);
         }
+    }
+}
+
+/// Takes message signalled interrupts and remembers them.
+#[derive(Clone, Default)]
+pub struct FakeMsi {
+    sent: Arc<Mutex<Vec<(u64, u32)>>>,
+}
+
+impl FakeMsi {
+    /// Address and data of every message so far.
+    pub fn sent(&self) -> Vec<(u64, u32)> {
+        self.sent.lock().unwrap().clone()
+    }
+}
+
+impl MsiSink for FakeMsi {
+    fn vector(&self) -> Box<dyn MsiVector> {
+        Box::new(FakeVector(self.clone(), MsiMessage::default()))
+    }
+}
+
+struct FakeVector(FakeMsi, MsiMessage);
+
+impl MsiVector for FakeVector {
+    fn set(&mut self, message: MsiMessage) {
+        self.1 = message;
+    }
+
+    fn trigger(&self) {
+        let mut sent = self.0.sent.lock().unwrap();
+        sent.push((self.1.address, self.1.data));
     }
 }
 

@@ -2,6 +2,19 @@
 
 use crate::bus::IoSize;
 
+/// Offset of the first base address register.
+pub(super) const BAR0: u8 = 0x10;
+/// Offset of the command register.
+pub(super) const COMMAND: u8 = offset::COMMAND as u8;
+/// Offset of the status register.
+pub(super) const STATUS: u8 = offset::STATUS as u8;
+/// Offset of the header type.
+pub(super) const HEADER_TYPE: u8 = 0x0e;
+/// STATUS: there are capabilities.
+const CAPABILITIES: u8 = 1 << 4;
+/// Where the first capability is: behind the header.
+const FIRST_CAPABILITY: usize = 0x40;
+
 /// Offsets in a type 0 header (6.1).
 mod offset {
     pub const VENDOR: usize = 0x00;
@@ -14,7 +27,9 @@ mod offset {
     pub const LATENCY: usize = 0x0d;
     pub const SUBSYSTEM_VENDOR: usize = 0x2c;
     pub const SUBSYSTEM: usize = 0x2e;
+    pub const CAPABILITIES: usize = 0x34;
     pub const INTERRUPT_LINE: usize = 0x3c;
+    pub const INTERRUPT_PIN: usize = 0x3d;
 }
 
 /// Command bits a guest may set: I/O, memory, bus master, parity, SERR#, INTx disable (6.2.2).
@@ -46,6 +61,9 @@ pub struct ConfigSpace {
     value: [u8; 256],
     writable: [u8; 256],
     cleared: [u8; 256],
+    /// Where the link to the next capability goes, and where that would be.
+    link: usize,
+    free: usize,
 }
 
 impl ConfigSpace {
@@ -55,6 +73,8 @@ impl ConfigSpace {
             value: [0; 256],
             writable: [0; 256],
             cleared: [0; 256],
+            link: offset::CAPABILITIES,
+            free: FIRST_CAPABILITY,
         };
         space.set(offset::VENDOR, &ident.vendor.to_le_bytes());
         space.set(offset::DEVICE, &ident.device.to_le_bytes());
@@ -90,6 +110,28 @@ impl ConfigSpace {
     /// Lets the guest set the bits of `mask` from `at` on.
     pub fn allow(&mut self, at: usize, mask: &[u8]) {
         fill(&mut self.writable, at, mask);
+    }
+
+    /// Adds a capability of `body`, which follows its id and the link to the next (6.7), and says
+    /// where it is. There is room for 192 bytes of them.
+    pub fn add_capability(&mut self, id: u8, body: &[u8]) -> u8 {
+        let at = self.free;
+        self.set(self.link, &[at as u8]);
+        self.set(at, &[id, 0]);
+        self.set(at + 2, body);
+        self.link = at + 1;
+        self.free = (at + 2 + body.len()).next_multiple_of(4);
+        if let Some(status) = self.value.get_mut(offset::STATUS) {
+            *status |= CAPABILITIES;
+        }
+        at as u8
+    }
+
+    /// Says that the function interrupts by a pin, 1 for INTA to 4 for INTD, and at which input of
+    /// the 8259s; the firmware's tables say where at the I/O APIC.
+    pub fn set_interrupt_pin(&mut self, pin: u8, line: u8) {
+        self.set(offset::INTERRUPT_PIN, &[pin]);
+        self.set(offset::INTERRUPT_LINE, &[line]);
     }
 
     /// What a guest reads at `at`, which is a multiple of nothing: bytes beyond the space float.

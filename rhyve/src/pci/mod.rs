@@ -1,15 +1,27 @@
-//! PCI: one bus of functions, found through configuration mechanism 1.
+//! PCI: one bus of functions.
 //!
-//! A guest's access to 0xcf8 and 0xcfc goes to [`ConfigPorts`], from there to the addressed function
-//! of the [`PciBus`], which answers out of its [`ConfigSpace`]: a register map with a mask of what is
-//! writable, which has no behaviour of its own. Section numbers are of PCI Local Bus 3.0.
+//! A guest finds them through configuration mechanism 1 ([`ConfigPorts`]) or in memory
+//! ([`EcamWindow`]); both ask the [`PciBus`], and that the addressed function, which answers out of
+//! its [`ConfigSpace`]: a register map with a mask of what is writable, which has no behaviour of
+//! its own. An [`Endpoint`] adds what a device needs: BARs that follow the guest's will from place
+//! to place on the buses, [`Msix`] and [`Intx`]; the device itself is a [`PciDevice`].
+//!
+//! Section numbers are of PCI Local Bus 3.0.
 
+mod bar;
 mod bus;
 mod config;
+mod ecam;
+mod endpoint;
 mod hostbridge;
+mod msix;
 mod ports;
 
-pub use bus::{PciBus, PciFunction, SlotTaken};
+pub use bar::{Bar, BarKind, NoRoom, Placement};
+pub use bus::{PciBus, PciFunction, SlotTaken, Target};
 pub use config::{ConfigSpace, Ident};
+pub use ecam::EcamWindow;
+pub use endpoint::{Buses, Endpoint, Intx, IntxPin, Parts, PciDevice};
 pub use hostbridge::HostBridge;
+pub use msix::{MAX_VECTORS, MsiSink, MsiVector, Msix};
 pub use ports::ConfigPorts;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::PciBus;
-use super::bus::PciFunction;
+use super::bus::Target;
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
 use crate::isa::reset::ResetControl;
 
@@ -45,15 +45,14 @@ impl ConfigPorts {
         bus.register(ADDRESS..=LAST, "pciconf", self.clone())
     }
 
-    /// The function addressed now, and the register at data port `port`.
-    fn target(&self, port: u16) -> Option<(Arc<dyn PciFunction>, u8)> {
+    /// Whom the address names now, and the register at data port `port`.
+    fn target(&self, port: u16) -> Option<(Target, u8)> {
         let address = self.address.load(Relaxed);
         if address & ENABLE == 0 {
             return None;
         }
-        let [register, function, bus, _] = address.to_le_bytes();
-        let target = self.bus.find(bus, function >> 3, function & 7)?;
-        Some((target, register | (port & 3) as u8))
+        let [register, devfn, bus, _] = address.to_le_bytes();
+        Some((Target::new(bus, devfn), register | (port & 3) as u8))
     }
 }
 
@@ -66,11 +65,9 @@ impl InOut for ConfigPorts {
         match (port, size) {
             (ADDRESS, IoSize::Dword) => self.address.load(Relaxed),
             (RESET, IoSize::Byte) => u32::from(self.reset.read()),
-            (DATA.., _) => self
-                .target(port)
-                .map_or(size.ones(), |(function, register)| {
-                    function.config_read(register, size)
-                }),
+            (DATA.., _) => self.target(port).map_or(size.ones(), |(target, register)| {
+                self.bus.read(target, register, size)
+            }),
             _ => size.ones(),
         }
     }
@@ -80,8 +77,8 @@ impl InOut for ConfigPorts {
             (ADDRESS, IoSize::Dword) => self.address.store(value & IMPLEMENTED, Relaxed),
             (RESET, IoSize::Byte) => self.reset.write(value as u8),
             (DATA.., _) => {
-                if let Some((function, register)) = self.target(port) {
-                    function.config_write(register, size, value);
+                if let Some((target, register)) = self.target(port) {
+                    self.bus.write(target, register, size, value);
                 }
             }
             _ => {}
