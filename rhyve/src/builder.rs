@@ -12,7 +12,7 @@ use vmm_api::state::{StateError, VmState};
 use vmm_api::topology::Topology;
 
 use crate::bus::{Overlap, PortBus};
-use crate::config::{MachineSpec, SlotDevice};
+use crate::config::MachineSpec;
 use crate::console::{Attached, Console, ConsoleError, attach};
 use crate::firmware::{self, FirmwareError, FirmwareSpec, SCI};
 use crate::irq::{IrqLine, WiredOr};
@@ -21,14 +21,18 @@ use crate::isa::debugexit::DebugExit;
 use crate::isa::i8042::I8042;
 use crate::isa::pm::Pm;
 use crate::isa::post::Post;
-use crate::isa::reset::ResetControl;
 use crate::isa::rtc::{IRQ as RTC_IRQ, Rtc, base_offset};
 use crate::isa::uart::{COM_PORTS, PORTS, Uart};
 use crate::machine::{KvmIrq, Machine, Seat};
 use crate::mevent::Mevent;
-use crate::pci::{ConfigPorts, HostBridge, PciBus, SlotTaken};
+use crate::mmio::MmioBus;
+use crate::pci::{NoRoom, SlotTaken};
 use crate::sequencer::{Ending, ExitPolicy, Mailbox, Vcpu};
 use crate::suspend::SuspendSink;
+use crate::virtio::DeviceError;
+use crate::virtio::transport::TransportError;
+
+mod pci;
 
 /// Why a machine cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,20 @@ pub enum BuildError {
     /// Two PCI functions in one place.
     #[error(transparent)]
     Slot(#[from] SlotTaken),
+    /// A PCI device has no place.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    /// A virtio device cannot be put on PCI.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A device lacks something of the host.
+    #[error("{device}")]
+    Device {
+        /// What `-s` calls it.
+        device: &'static str,
+        /// What it lacks.
+        source: DeviceError,
+    },
     /// A serial port cannot be connected.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -100,7 +118,10 @@ pub fn build(
         ram.wire()?;
     }
     ram.set_dumped(spec.guest_in_core)?;
-    for blob in firmware::build(&FirmwareSpec::new(spec, layout))? {
+    let mut firmware = FirmwareSpec::new(spec, layout);
+    firmware.intx = pci::intx_routes(&spec.slots);
+    firmware.ecam = pci::ecam(spec);
+    for blob in firmware::build(&firmware)? {
         ram.write(blob.gpa, &blob.bytes)?;
     }
     let policy = VmPolicy {
@@ -115,7 +136,9 @@ pub fn build(
     let ending = Ending::new(mailboxes.clone())?;
     let board = Board {
         vm: &vm,
+        ram: &ram,
         ports: Arc::default(),
+        mmio: Arc::default(),
         mevent: Mevent::start()?,
         ending: &ending,
     };
@@ -124,7 +147,7 @@ pub fn build(
     if let Some(cmos) = CmosState::stored(state)? {
         rtc.restore(&cmos);
     }
-    board.pci(spec)?;
+    let devices = board.pci(spec)?;
 
     let (mut seats, mut vcpus) = (Vec::new(), Vec::new());
     for (index, mailbox) in (0..).zip(mailboxes) {
@@ -145,6 +168,7 @@ pub fn build(
             kvm,
             mailbox,
             ports: board.ports.clone(),
+            mmio: board.mmio.clone(),
             ending: ending.clone(),
             ram: ram.clone(),
             policy: ExitPolicy {
@@ -165,6 +189,7 @@ pub fn build(
         rtc,
         topology,
         max_vcpus: max,
+        devices,
         layout,
         wired: spec.wire_memory || state.machine.wired,
         stats: vm.stats_file().ok(),
@@ -182,7 +207,9 @@ pub fn build(
 /// What devices are put on.
 struct Board<'a> {
     vm: &'a Arc<KvmVm>,
+    ram: &'a GuestRam,
     ports: Arc<PortBus>,
+    mmio: Arc<MmioBus>,
     mevent: Arc<Mevent>,
     ending: &'a Arc<Ending>,
 }
@@ -215,20 +242,6 @@ impl Board<'_> {
             DebugExit::new(self.sink()).register(&self.ports, port)?;
         }
         Ok((pm, rtc))
-    }
-
-    /// Bus 0 and the ports through which guests see it.
-    fn pci(&self, spec: &MachineSpec) -> Result<(), BuildError> {
-        let bus = PciBus::new();
-        for slot in &spec.slots {
-            let function = match slot.device {
-                SlotDevice::HostBridge => HostBridge::new(),
-                SlotDevice::AmdHostBridge => HostBridge::amd(),
-            };
-            bus.plug(slot.address, function)?;
-        }
-        ConfigPorts::new(bus, ResetControl::new(self.sink())).register(&self.ports)?;
-        Ok(())
     }
 
     /// The serial ports that are connected to something. COM1 and COM3 share an interrupt, and so

@@ -1,15 +1,19 @@
 //! The machine while it runs: its vCPUs, how to reach them, and what belongs to all of them.
 //!
-//! Lock order: port bus < PCI configuration < device < console wire < mailbox. A lock of the port
-//! bus is released before a handler runs; a mailbox's before a query runs.
+//! Lock order: PCI configuration < virtio transport < device < interrupt (MSI-X, INTx, shared line,
+//! GSI table) < console wire < mailbox. The locks of the buses are taken within any of these, for
+//! the map is changed and read with nothing else done under them: they are released before a
+//! handler runs, as a mailbox's is before a query runs.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use nix::sys::eventfd::EventFd;
 use vmm_api::control::Refusal;
-use vmm_api::kvm::{Counters, KvmVcpu, KvmVm};
+use vmm_api::kvm::{Counters, Doorbell, GsiRouter, KvmVcpu, KvmVm, MsiMessage, MsiRoute};
 use vmm_api::memory::MemoryLayout;
 use vmm_api::topology::Topology;
 
@@ -17,7 +21,9 @@ use crate::bus::PortBus;
 use crate::irq::IrqLine;
 use crate::isa::pm::Pm;
 use crate::isa::rtc::Rtc;
+use crate::pci::{MsiSink, MsiVector};
 use crate::sequencer::{Ending, Mailbox};
+use crate::virtio::transport::{BoundDoorbell, Doorbells, VirtioPci};
 
 /// What is kept of a vCPU outside of its own thread.
 pub struct Seat {
@@ -45,6 +51,8 @@ pub struct Machine {
     pub topology: Topology,
     /// How many there could be.
     pub max_vcpus: usize,
+    /// Devices that work by themselves.
+    pub devices: Vec<Arc<VirtioPci>>,
     /// Where RAM lies.
     pub layout: MemoryLayout,
     /// It is locked in the host's memory.
@@ -146,6 +154,11 @@ impl Machine {
         }
     }
 
+    /// Stops all devices: nobody but the vCPUs touches guest memory after that.
+    pub fn stop_devices(&self) {
+        self.devices.iter().for_each(|device| device.stop());
+    }
+
     /// Presses the guest's power button; false if the guest has not enabled it.
     pub fn press_power_button(&self) -> bool {
         self.pm.power_button()
@@ -177,6 +190,69 @@ impl IrqLine for KvmIrq {
             if !self.failed.swap(true, SeqCst) {
                 tracing::error!(target: "rhyve::irq", "IRQ {}: {}", self.gsi, crate::chain(&error));
             }
+        }
+    }
+}
+
+/// KVM's way for message signalled interrupts and for kicks.
+pub struct KvmEvents {
+    vm: Arc<KvmVm>,
+    router: Arc<GsiRouter>,
+}
+
+impl KvmEvents {
+    /// Those of `vm`, of which there are no others.
+    pub fn new(vm: Arc<KvmVm>) -> Arc<Self> {
+        let router = GsiRouter::new(vm.clone());
+        Arc::new(Self { vm, router })
+    }
+}
+
+impl MsiSink for KvmEvents {
+    fn vector(&self) -> Box<dyn MsiVector> {
+        Box::new(KvmVector {
+            router: self.router.clone(),
+            route: None,
+        })
+    }
+}
+
+impl Doorbells for KvmEvents {
+    fn bind(&self, doorbell: Doorbell, event: &EventFd) -> Option<BoundDoorbell> {
+        match self.vm.bind(doorbell, event.as_fd()) {
+            Ok(bound) => Some(Box::new(bound)),
+            Err(error) => {
+                let error = crate::chain(&error);
+                tracing::debug!(target: "rhyve::virtio", "{doorbell:x?}: {error}");
+                None
+            }
+        }
+    }
+}
+
+/// A message that has a GSI from the first time it is set.
+struct KvmVector {
+    router: Arc<GsiRouter>,
+    route: Option<MsiRoute>,
+}
+
+impl MsiVector for KvmVector {
+    fn set(&mut self, message: MsiMessage) {
+        let set = match &self.route {
+            Some(route) => route.set(message),
+            None => self
+                .router
+                .route(message)
+                .map(|route| self.route = Some(route)),
+        };
+        if let Err(error) = set {
+            tracing::error!(target: "rhyve::irq", "{message:x?}: {}", crate::chain(&error));
+        }
+    }
+
+    fn trigger(&self) {
+        if let Some(route) = &self.route {
+            route.trigger();
         }
     }
 }

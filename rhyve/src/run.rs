@@ -166,6 +166,7 @@ fn see_through(
     let mut halt = HaltWatch::new(seats.zip(threads.iter().map(|t| t.tid)));
     let cause = wait(signals, &machine, &mut halt)?;
     capture(&machine, state);
+    machine.stop_devices();
     state.phase = cause.phase();
     // The last store: it uses up the room that was set aside, and leaves none for another.
     vm.reserve(0)?;

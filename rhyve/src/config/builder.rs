@@ -126,8 +126,9 @@ impl SpecBuilder {
     /// Why it cannot be had.
     pub fn slot(&mut self, text: &str) -> Result<(), Problem> {
         let spec: SlotSpec = text.parse()?;
-        match self.slots.insert(spec.address, spec) {
-            Some(_) => Err(Problem::SlotTaken(spec.address)),
+        let address = spec.address;
+        match self.slots.insert(address, spec) {
+            Some(_) => Err(Problem::SlotTaken(address)),
             None => Ok(()),
         }
     }

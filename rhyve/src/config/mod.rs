@@ -19,12 +19,14 @@ mod com;
 mod slot;
 mod topology;
 mod variable;
+mod virtio;
 
 pub use block::{AioEngine, BlockConfError, BlockSpec, ImageFormat};
 pub use builder::SpecBuilder;
 pub use com::{ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
 pub use slot::{PciAddress, SlotDevice, SlotError, SlotSpec, help as slot_help};
 pub use topology::{CpuTopology, TopologyError, TopologyRequest};
+pub use virtio::RndSpec;
 
 /// Which bhyve the machine is to look like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

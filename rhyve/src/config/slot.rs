@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::RndSpec;
+
 /// The place of a PCI function: bus, device (bhyve says slot) and function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
@@ -15,17 +17,19 @@ pub struct PciAddress {
 }
 
 /// What stands in a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SlotDevice {
     /// The host bridge, 1275:1275.
     HostBridge,
     /// The host bridge with AMD's identity, 1022:7432: some guests enable MSI only behind a bridge
     /// they know.
     AmdHostBridge,
+    /// Random numbers of the host.
+    VirtioRnd(RndSpec),
 }
 
 /// One `-s slot,emulation[,conf]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotSpec {
     /// Where.
     pub address: PciAddress,
@@ -64,6 +68,26 @@ pub enum SlotError {
     /// The emulation takes no configuration.
     #[error("emulation '{0}' takes no configuration, but has '{1}': leave it out")]
     Conf(String, String),
+    /// The emulation has no such option.
+    #[error("{device} has no option '{option}': there are {known}")]
+    Option {
+        /// The emulation.
+        device: &'static str,
+        /// What was given.
+        option: String,
+        /// What there is.
+        known: &'static str,
+    },
+    /// An option cannot have this value.
+    #[error("{option}= is {wanted}, not '{value}'")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What it can be.
+        wanted: &'static str,
+    },
 }
 
 /// bhyve(8)'s emulations which are not there yet, and why.
@@ -96,19 +120,18 @@ const NOT_YET: &[(&str, &str)] = &[
         "uart",
         "there are no PCI serial ports; use -l com1 to -l com4",
     ),
-    ("virtio-9p", "there are no virtio devices yet"),
+    ("virtio-9p", "host directories cannot be shared yet"),
     (
         "virtio-blk",
-        "there are no virtio devices yet; a Linux guest can live in its --initrd",
+        "there are no disk devices yet; a Linux guest can live in its --initrd",
     ),
     (
         "virtio-console",
-        "there are no virtio devices yet; the console is -l com1,stdio",
+        "it is not there yet; the console is -l com1,stdio",
     ),
-    ("virtio-input", "there are no virtio devices yet"),
-    ("virtio-net", "there are no virtio devices yet"),
-    ("virtio-rnd", "there are no virtio devices yet"),
-    ("virtio-scsi", "there are no virtio devices yet"),
+    ("virtio-input", "there are no input devices"),
+    ("virtio-net", "there are no network devices yet"),
+    ("virtio-scsi", "there are no disk devices yet"),
     ("xhci", "there is no USB"),
 ];
 
@@ -121,9 +144,17 @@ pub fn help() -> String {
             "host bridge; stands in slot 0 unless another does",
         ),
         (SlotDevice::AmdHostBridge, "host bridge with AMD's identity"),
+        (
+            SlotDevice::VirtioRnd(RndSpec::default()),
+            "random numbers of the host; rate=BYTES a second at most",
+        ),
     ] {
         text += &format!("  {:<16}{about}\n", device.name());
     }
+    text += "virtio devices have the registers that virtio= says:\n";
+    text += "  legacy          those of virtio 0.9.5\n";
+    text += "  modern          those of virtio 1.0 and later\n";
+    text += "  transitional    both; the default\n";
     text += "Not supported yet:\n";
     for (name, why) in NOT_YET {
         text += &format!("  {name:<16}{why}\n");
@@ -133,10 +164,11 @@ pub fn help() -> String {
 
 impl SlotDevice {
     /// bhyve's word for it.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::HostBridge => "hostbridge",
             Self::AmdHostBridge => "amd_hostbridge",
+            Self::VirtioRnd(_) => "virtio-rnd",
         }
     }
 
@@ -150,6 +182,7 @@ impl SlotDevice {
             "" => return Err(SlotError::Syntax),
             "hostbridge" => Self::HostBridge,
             "amd_hostbridge" => Self::AmdHostBridge,
+            "virtio-rnd" => return RndSpec::parse(conf).map(Self::VirtioRnd),
             _ => {
                 let known = NOT_YET.iter().find(|(known, _)| *known == name);
                 return Err(match known {

@@ -12,7 +12,7 @@ use super::{FirmwareSpec, IOAPIC_BASE, pm};
 use crate::config::ComPort;
 
 /// Where the hole below 4 GiB begins, which has PCI's memory window, the APICs and no RAM.
-pub(super) const PCI_HOLE: u32 = 0xc000_0000;
+pub const PCI_HOLE: u32 = 0xc000_0000;
 
 /// The definition block's contents.
 pub(super) fn build(spec: &FirmwareSpec) -> Vec<u8> {

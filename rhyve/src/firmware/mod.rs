@@ -41,6 +41,7 @@ mod smbios;
 #[cfg(test)]
 mod tests;
 
+pub use dsdt::PCI_HOLE;
 pub use smbios::default_uuid;
 
 /// Where the MP floating pointer is: Linux and FreeBSD scan 0xf0000 to 0xfffff.

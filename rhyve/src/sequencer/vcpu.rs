@@ -12,6 +12,7 @@ use vmm_api::memory::GuestRam;
 use super::{Cause, Ending, Mailbox, Next, pinning};
 use crate::bus::{IoSize, PortBus};
 use crate::dump;
+use crate::mmio::MmioBus;
 use crate::suspend::{SuspendHow, SuspendSink};
 
 /// KVM_SYSTEM_EVENT_*: what a guest asks for by hypercall.
@@ -33,6 +34,8 @@ pub struct Vcpu {
     pub mailbox: Arc<Mailbox>,
     /// Who answers at which port.
     pub ports: Arc<PortBus>,
+    /// Who answers where there is no RAM.
+    pub mmio: Arc<MmioBus>,
     /// Where the machine's end is announced.
     pub ending: Arc<Ending>,
     /// Guest memory, to show code bytes when KVM gives up.
@@ -90,10 +93,19 @@ impl Vcpu {
         match exit {
             VmExit::Port(access) => self.inout(access),
             VmExit::MmioRead { gpa, len } => {
-                self.kvm.set_mmio_data(u64::MAX);
-                self.unclaimed_memory("read", gpa, len);
+                let mut data = [0xff; 8];
+                let bytes = data.get_mut(..len).unwrap_or_default();
+                if self.mmio.read(gpa, bytes).is_err() {
+                    self.unclaimed_memory("read", gpa, len);
+                }
+                self.kvm.set_mmio_data(u64::from_le_bytes(data));
             }
-            VmExit::MmioWrite { gpa, len, .. } => self.unclaimed_memory("write", gpa, len),
+            VmExit::MmioWrite { gpa, data, len } => {
+                let bytes = data.get(..len).unwrap_or_default();
+                if self.mmio.write(gpa, bytes).is_err() {
+                    self.unclaimed_memory("write", gpa, len);
+                }
+            }
             VmExit::Rdmsr { index } => {
                 tracing::debug!(target: "rhyve::msr", "rdmsr {index:#x} reads 0");
                 self.kvm.answer_msr(Some(0));

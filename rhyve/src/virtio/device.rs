@@ -134,6 +134,11 @@ pub trait VirtioDevice: Send + Sync {
     /// take them as they are.
     fn queue_sizes(&self) -> &[u16];
 
+    /// Bytes of the configuration space. Constant.
+    fn config_size(&self) -> usize {
+        0
+    }
+
     /// The configuration space from `offset` on. Whatever lies beyond its end is left as it is.
     fn config_read(&self, offset: usize, data: &mut [u8]) {
         let _ = (offset, data);

@@ -15,9 +15,12 @@ pub mod blk;
 mod chain;
 mod device;
 mod queue;
+mod rnd;
+pub mod transport;
 
 pub use chain::{Chain, Reader, Segment, Writer};
 pub use device::{
     Activation, DeviceError, Interrupts, QueueReset, VirtioDevice, device_id, feature,
 };
 pub use queue::{QueueCounters, Rings, RingsError, Virtqueue};
+pub use rnd::Rnd;

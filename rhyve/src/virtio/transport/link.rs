@@ -1,0 +1,119 @@
+//! The way from a device to its driver's interrupt handler, which takes no lock of the transport.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::pci::{Intx, Msix};
+use crate::virtio::Interrupts;
+
+/// No MSI-X vector (4.1.5.1.2).
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// Bits of the ISR status (4.1.4.5).
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// Interrupts of one device on PCI.
+pub(super) struct Link {
+    msix: Arc<Msix>,
+    intx: Arc<Intx>,
+    /// Held while the line changes, so that neither gets ahead of the other.
+    isr: Mutex<u8>,
+    config_vector: AtomicU16,
+    queue_vectors: Vec<AtomicU16>,
+    broken: AtomicBool,
+}
+
+impl Link {
+    pub fn new(msix: Arc<Msix>, intx: Arc<Intx>, queues: usize) -> Arc<Self> {
+        Arc::new(Self {
+            msix,
+            intx,
+            isr: Mutex::new(0),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    pub fn msix(&self) -> &Msix {
+        &self.msix
+    }
+
+    /// Reads the ISR status, which clears it and takes INTx back.
+    pub fn take_isr(&self) -> u8 {
+        let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
+        self.intx.set(false);
+        std::mem::take(&mut isr)
+    }
+
+    /// Whether the device wants to be reset.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(SeqCst)
+    }
+
+    pub fn config_vector(&self) -> u16 {
+        self.config_vector.load(SeqCst)
+    }
+
+    /// Sets the vector for configuration changes; one that is not there is none (4.1.5.1.2.1).
+    pub fn set_config_vector(&self, vector: u16) {
+        self.config_vector.store(self.valid(vector), SeqCst);
+    }
+
+    pub fn queue_vector(&self, queue: u16) -> u16 {
+        let vector = self.queue_vectors.get(usize::from(queue));
+        vector.map_or(NO_VECTOR, |vector| vector.load(SeqCst))
+    }
+
+    /// Sets the vector of a queue, likewise.
+    pub fn set_queue_vector(&self, queue: u16, vector: u16) {
+        if let Some(place) = self.queue_vectors.get(usize::from(queue)) {
+            place.store(self.valid(vector), SeqCst);
+        }
+    }
+
+    pub fn reset(&self) {
+        self.take_isr();
+        self.config_vector.store(NO_VECTOR, SeqCst);
+        for vector in &self.queue_vectors {
+            vector.store(NO_VECTOR, SeqCst);
+        }
+        self.broken.store(false, SeqCst);
+    }
+
+    fn valid(&self, vector: u16) -> u16 {
+        if vector < self.msix.count() {
+            vector
+        } else {
+            NO_VECTOR
+        }
+    }
+
+    fn interrupt(&self, vector: u16, isr_bit: u8) {
+        if self.msix.is_enabled() {
+            // NO_VECTOR is no vector of the table.
+            self.msix.trigger(vector);
+        } else {
+            let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
+            *isr |= isr_bit;
+            self.intx.set(true);
+        }
+    }
+}
+
+impl Interrupts for Link {
+    fn signal_queue(&self, queue: u16) {
+        self.interrupt(self.queue_vector(queue), ISR_QUEUE);
+    }
+
+    fn signal_config(&self) {
+        self.interrupt(self.config_vector(), ISR_CONFIG);
+    }
+
+    fn needs_reset(&self) {
+        if !self.broken.swap(true, SeqCst) {
+            self.signal_config();
+        }
+    }
+}

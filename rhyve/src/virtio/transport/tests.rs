@@ -1,0 +1,1 @@
+//! Both transports against drivers good and bad.
