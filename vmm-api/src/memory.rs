@@ -8,6 +8,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::MmapAdvise;
 use nix::sys::statfs::HUGETLBFS_MAGIC;
+use nix::unistd::Whence;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
@@ -446,6 +448,35 @@ impl MemFile {
     /// The range is not RAM.
     pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
         read_at(&self.file, self.layout, gpa, bytes)
+    }
+
+    /// The next range of its segment, at `gpa` or behind it, that was ever written; none if there is
+    /// no more. A file system that knows no holes tells the whole segment.
+    ///
+    /// # Errors
+    ///
+    /// `gpa` is not RAM, or the file cannot be looked at.
+    pub fn next_data(&self, gpa: u64) -> Result<Option<Range<u64>>, MemoryError> {
+        let mut segments = self.layout.segments();
+        let found = segments.find(|&(base, len, _)| gpa >= base && gpa - base < len);
+        let (base, len, offset) = found.ok_or(MemoryError::NotRam { gpa, len: 1 })?;
+        let end = offset + len;
+        let seek = |from: u64, whence| {
+            let from = i64::try_from(from).unwrap_or(i64::MAX);
+            nix::unistd::lseek(&self.file, from, whence).map(|at| at as u64)
+        };
+        let error = |e: Errno| MemoryError::Io {
+            gpa,
+            source: e.into(),
+        };
+        let start = match seek(offset + (gpa - base), Whence::SeekData) {
+            Ok(start) if start < end => start,
+            Ok(_) | Err(Errno::ENXIO) => return Ok(None),
+            Err(Errno::EINVAL) => return Ok(Some(gpa..base + len)),
+            Err(e) => return Err(error(e)),
+        };
+        let until = seek(start, Whence::SeekHole).map_err(error)?.min(end);
+        Ok(Some(base + (start - offset)..base + (until - offset)))
     }
 
     /// Bytes that are really allocated.

@@ -6,10 +6,14 @@
 //! chapter 5), but sets no accessed or dirty bit and knows no protection keys. However broken the
 //! tables are, it ends after five reads.
 
+mod mappings;
+
 use std::fmt;
 
 use crate::memory::{GuestRam, MemFile, MemoryError};
 use crate::regs::Registers;
+
+pub use mappings::{Mapping, Mappings, mappings};
 
 const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
@@ -107,6 +111,16 @@ impl PagingMode {
     /// Bits of a linear address below those that number an entry of the table at `level`.
     fn shift(self, level: u8) -> u32 {
         12 + self.index_bits() * u32::from(level.saturating_sub(1))
+    }
+
+    /// The page or table that an entry leads to; a large page's lowest bits are no address.
+    fn frame(self, value: u64, large: bool) -> u64 {
+        if large && self == Self::Bits32 {
+            // PSE-36: bits 13-20 are bits 32-39 of the address.
+            value & 0xffc0_0000 | (value >> 13 & 0xff) << 32
+        } else {
+            value & ADDRESS
+        }
     }
 
     /// Whether these are linear addresses of 64 bits.
@@ -351,12 +365,7 @@ fn walk(
             found.user &= value & USER != 0;
             found.executable &= mode == PagingMode::Bits32 || value & NO_EXECUTE == 0;
         }
-        let frame = if large && mode == PagingMode::Bits32 {
-            // PSE-36: bits 13-20 are bits 32-39 of the address.
-            value & 0xffc0_0000 | (value >> 13 & 0xff) << 32
-        } else {
-            value & ADDRESS
-        };
+        let frame = mode.frame(value, large);
         if large || level == 1 {
             let offset = (1 << shift) - 1;
             found.page_size = 1 << shift;

@@ -1,8 +1,10 @@
 //! What can go wrong, and the exit status that says so.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use vmm_api::control::{ClientError, Refusal};
+use vmm_api::inspect::CoreError;
 use vmm_api::name::VmName;
 use vmm_api::pagewalk::WalkError;
 use vmm_api::regs::RegError;
@@ -109,6 +111,16 @@ pub enum Error {
         vm: VmName,
         /// Why.
         source: WalkError,
+    },
+    /// There is no core file.
+    #[error("{vm}: {}", path.display())]
+    Core {
+        /// The VM.
+        vm: VmName,
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why not.
+        source: CoreError,
     },
     /// The stored state of a device is of no use.
     #[error("{vm}")]

@@ -1,7 +1,7 @@
 //! Shows and changes what the hypervisor knows of a virtual machine: 2012's vmmctl.
 //!
 //! [`cli`] reads the options into a plan; [`work`] does it in 2012's order ([`detail`] what goes
-//! beyond registers), on a VM that [`target`]
+//! beyond registers, [`look`] what is in memory), on a VM that [`target`]
 //! found stored in its object or running behind its control socket; [`output`] gathers what there is
 //! to say, as text or as one JSON object. [`list`] and [`host`] are the two reports that are about no
 //! single VM.
@@ -13,6 +13,7 @@ pub mod detail;
 pub mod error;
 pub mod host;
 pub mod list;
+pub mod look;
 pub mod number;
 pub mod output;
 pub mod target;
@@ -28,7 +29,7 @@ use output::Output;
 
 /// The whole program: does what a command line says and gives its exit status.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> Status {
-    let cli: Cli = match vmm_api::cli::parse(args) {
+    let cli: Cli = match vmm_api::cli::parse(cli::split_format(args)) {
         Ok(Parsed::Run(cli)) => cli,
         Ok(Parsed::Done) => return Status::Done,
         Err(error) => {

@@ -40,6 +40,13 @@ pub trait VcpuAccess {
     /// It cannot be asked.
     fn memory(&mut self) -> Result<MemoryLayout, Error>;
 
+    /// How many vCPUs it has.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn vcpus(&mut self) -> Result<u32, Error>;
+
     /// All registers of one vCPU.
     ///
     /// # Errors
@@ -253,6 +260,10 @@ impl VcpuAccess for Stored<'_> {
         Ok(self.state()?.machine.memory)
     }
 
+    fn vcpus(&mut self) -> Result<u32, Error> {
+        Ok(u32::try_from(self.state()?.vcpus.len()).unwrap_or(u32::MAX))
+    }
+
     fn registers(&mut self, vcpu: u32) -> Result<Registers, Error> {
         let mut state = self.state()?;
         let index = self.index(&state, vcpu)?;
@@ -364,6 +375,10 @@ impl VcpuAccess for Live {
 
     fn memory(&mut self) -> Result<MemoryLayout, Error> {
         Ok(self.client.status()?.memory)
+    }
+
+    fn vcpus(&mut self) -> Result<u32, Error> {
+        Ok(self.client.hello().vcpus)
     }
 
     fn registers(&mut self, vcpu: u32) -> Result<Registers, Error> {

@@ -14,6 +14,7 @@ use vmm_api::vm::MemorySetup;
 use crate::cli::{End, Gets, Sets, Work};
 use crate::detail;
 use crate::error::{Error, Status};
+use crate::look;
 use crate::output::Output;
 use crate::target::{self, VcpuAccess};
 
@@ -164,6 +165,7 @@ fn get(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<
         show(&registers, work, output)?;
     }
     detail::show(access, work, output)?;
+    look::show(access, work, output)?;
     if gets.stats {
         let (vcpu, vm) = access.stats(work.cpu)?;
         output.stats(work.cpu, &vcpu, &vm);

@@ -5,6 +5,7 @@
 //! shown alike.
 
 mod cmos;
+mod elfcore;
 mod intinfo;
 mod memmap;
 
@@ -13,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 pub use cmos::CmosState;
+pub use elfcore::{CoreError, CoreReport, write_core};
 pub use intinfo::{IntInfo, IntKind};
 pub use memmap::{MemoryMap, Region, RegionKind};
 

@@ -48,6 +48,7 @@ Examples:
   vmmctl --vm=guest0 --set-desc-cs --desc-base=0 --desc-limit=0xffffffff --desc-access=0xa09b
   vmmctl --vm=guest0 --create --set-lowmem=256
   vmmctl --vm=guest0 --cpu=1 --set-pinning=0 --get-pinning --get-intinfo
+  vmmctl --vm=guest0 --disasm --x/16xg 0xffffffff81000000 --core guest0.core
   vmmctl --vm=guest0 --force-poweroff --destroy
 
 VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.

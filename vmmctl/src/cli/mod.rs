@@ -15,9 +15,11 @@ use crate::number;
 
 mod detail;
 mod help;
+mod look;
 mod names;
 
 pub use detail::{Detail, Sets, Show};
+pub use look::{Format, Letter, Looks, Place, Syntax, split_format};
 
 use help::details;
 use names::{DESCRIPTORS, REGISTERS, UNAVAILABLE_GETS, UNAVAILABLE_SETS};
@@ -111,6 +113,8 @@ pub struct Gets {
     pub descriptors: Vec<SegReg>,
     /// What a vCPU and its machine have beyond registers.
     pub details: Detail,
+    /// What its memory holds.
+    pub looks: Looks,
     /// Statistics.
     pub stats: bool,
     /// Options that ask for what KVM does not show.
@@ -233,7 +237,7 @@ impl CommandFactory for Cli {
             .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))
             .arg(value("desc-limit", number::parse_u32).value_name("VALUE").hide(true))
             .arg(value("desc-access", number::parse_u32).value_name("VALUE").hide(true));
-        command = detail::options(command);
+        command = look::options(detail::options(command));
         for named in REGISTERS.iter() {
             command = command.arg(hidden(&named.get));
             if let Some(set) = &named.set {
@@ -359,6 +363,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
                 .map(|n| n.what)
                 .collect(),
             details: detail::gets(matches)?,
+            looks: look::looks(matches)?,
             stats: given("get-stats"),
             unavailable: UNAVAILABLE_GETS
                 .iter()

@@ -5,4 +5,5 @@
 mod common;
 mod detail;
 mod live;
+mod look;
 mod stored;

@@ -1,0 +1,302 @@
+//! Looks into a guest's memory: units, text, instructions, and a core file of all of it.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter, Instruction, NasmFormatter};
+use serde_json::{Value, json};
+use vmm_api::inspect::write_core;
+use vmm_api::memory::MemFile;
+use vmm_api::pagewalk::{self, WalkError};
+use vmm_api::regs::Registers;
+
+use crate::cli::{Format, Letter, Place, Syntax, Work};
+use crate::error::Error;
+use crate::output::{Output, hex};
+use crate::target::VcpuAccess;
+
+/// Instructions that `--disasm` shows.
+const INSTRUCTIONS: u32 = 16;
+/// The longest instruction (Intel SDM volume 2, 2.3.11).
+const INSTRUCTION_MAX: u64 = 15;
+/// The longest text that is shown of one.
+const TEXT_MAX: u64 = 1024;
+/// Bits of CS's access rights: 64-bit code, 32-bit code.
+const CODE_64: u32 = 13;
+const CODE_32: u32 = 14;
+
+/// Shows what is to be looked at.
+///
+/// # Errors
+///
+/// An address leads nowhere, or the VM has no memory.
+pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
+    let looks = &work.gets.looks;
+    if looks.memory.is_some() || looks.disasm.is_some() {
+        let view = View {
+            work,
+            registers: access.registers(work.cpu)?,
+            memory: access.open_memory()?,
+        };
+        if let Some((format, place)) = looks.memory {
+            view.examine(format, place, output)?;
+        }
+        if let Some(place) = looks.disasm {
+            let rip = pagewalk::linear_rip(&view.registers);
+            let place = place.unwrap_or(Place::Linear(rip));
+            let lines = view.disassemble(place, INSTRUCTIONS, output)?;
+            output.field("disasm", lines);
+        }
+    }
+    match &looks.core {
+        Some(path) => core(access, work, path, output),
+        None => Ok(()),
+    }
+}
+
+/// A vCPU's view of memory.
+struct View<'a> {
+    work: &'a Work,
+    registers: Registers,
+    memory: MemFile,
+}
+
+impl View<'_> {
+    fn read(&self, place: Place, bytes: &mut [u8]) -> Result<(), Error> {
+        let read = match place {
+            Place::Linear(gla) => pagewalk::copyin(&self.memory, &self.registers, gla, bytes),
+            Place::Physical(gpa) => self
+                .memory
+                .read(gpa, bytes)
+                .map_err(|source| WalkError::Memory { gla: gpa, source }),
+        };
+        read.map_err(|source| Error::Walk {
+            vm: self.work.vm.clone(),
+            source,
+        })
+    }
+
+    /// As many bytes as can be read, at most `len`.
+    fn read_some(&self, place: Place, len: u64) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; len as usize];
+        if self.read(place, &mut bytes).is_ok() {
+            return Ok(bytes);
+        }
+        // The page's end is as far as one can be sure of.
+        let room = 4096 - place.address() % 4096;
+        bytes.truncate(room.min(len) as usize);
+        self.read(place, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn examine(&self, format: Format, place: Place, output: &mut Output) -> Result<(), Error> {
+        let values = match format.letter {
+            Letter::Instruction => self.disassemble(place, format.count, output)?,
+            Letter::Text => self.texts(place, format.count, output)?,
+            _ => self.units(format, place, output)?,
+        };
+        output.field(
+            "x",
+            json!({ "address": hex(place.address()), "values": values }),
+        );
+        Ok(())
+    }
+
+    fn units(&self, format: Format, place: Place, output: &mut Output) -> Result<Value, Error> {
+        let size = usize::from(format.size);
+        let mut bytes = vec![0; size * format.count as usize];
+        self.read(place, &mut bytes)?;
+        let mut values = Vec::new();
+        // gdb's lines: 16 bytes, but 8 of single bytes.
+        let per_line = if size == 1 { 8 } else { 16 };
+        for (n, line) in bytes.chunks(per_line).enumerate() {
+            let address = place.offset((n * per_line) as u64).address();
+            let mut text = format!("{address:#018x}:");
+            for unit in line.chunks(size) {
+                let unit = number(unit);
+                text += &format!("\t{}", self::unit(unit, format));
+                values.push(hex(unit));
+            }
+            output.line(&text);
+        }
+        Ok(values.into())
+    }
+
+    fn texts(&self, mut place: Place, count: u32, output: &mut Output) -> Result<Value, Error> {
+        let mut values = Vec::new();
+        for _ in 0..count {
+            let bytes = self.read_some(place, TEXT_MAX)?;
+            let end = bytes.iter().position(|&b| b == 0);
+            let text = bytes.get(..end.unwrap_or(bytes.len())).unwrap_or(&[]);
+            let rest = if end.is_none() { "..." } else { "" };
+            output.line(&format!(
+                "{:#018x}:\t\"{}\"{rest}",
+                place.address(),
+                text.escape_ascii()
+            ));
+            values.push(Value::from(text.escape_ascii().to_string()));
+            place = place.offset(text.len() as u64 + u64::from(end.is_some()));
+        }
+        Ok(values.into())
+    }
+
+    fn disassemble(
+        &self,
+        mut place: Place,
+        count: u32,
+        output: &mut Output,
+    ) -> Result<Value, Error> {
+        let access = self.registers.cs.access;
+        let long = self.registers.efer >> 10 & 1 != 0 && access.bit(CODE_64);
+        let bits = match (long, access.bit(CODE_32)) {
+            (true, _) => 64,
+            (false, true) => 32,
+            (false, false) => 16,
+        };
+        let mut formatter: Box<dyn Formatter> = match self.work.gets.looks.syntax {
+            Syntax::Nasm => Box::new(NasmFormatter::new()),
+            Syntax::Gas => Box::new(GasFormatter::new()),
+        };
+        let options = formatter.options_mut();
+        options.set_hex_prefix("0x");
+        options.set_hex_suffix("");
+        options.set_uppercase_hex(false);
+        options.set_branch_leading_zeros(false);
+        options.set_space_after_operand_separator(true);
+        let next = pagewalk::linear_rip(&self.registers);
+        let mut values = Vec::new();
+        let mut instruction = Instruction::default();
+        for n in 0..count {
+            let bytes = match self.read_some(place, INSTRUCTION_MAX) {
+                Ok(bytes) => bytes,
+                // What is not mapped ends the list, unless there is none.
+                Err(error) if n == 0 => return Err(error),
+                Err(_) => break,
+            };
+            let address = place.address();
+            let mut decoder = Decoder::with_ip(bits, &bytes, address, DecoderOptions::NONE);
+            decoder.decode_out(&mut instruction);
+            let mut text = String::new();
+            let len = if instruction.is_invalid() {
+                text.push_str("(bad)");
+                1
+            } else {
+                formatter.format(&instruction, &mut text);
+                instruction.len()
+            };
+            let code = bytes.get(..len).unwrap_or(&[]);
+            let code: Vec<_> = code.iter().map(|b| format!("{b:02x}")).collect();
+            let code = code.join(" ");
+            let here = place == Place::Linear(next);
+            let arrow = if here { "=>" } else { "  " };
+            output.line(&format!("{arrow} {address:#018x}:\t{code:<30}\t{text}"));
+            values.push(json!({ "address": hex(address), "bytes": code, "text": text }));
+            place = place.offset(len as u64);
+        }
+        Ok(values.into())
+    }
+}
+
+/// A unit, little endian.
+fn number(bytes: &[u8]) -> u64 {
+    let bytes = bytes.iter().rev();
+    bytes.fold(0, |word, &byte| word << 8 | u64::from(byte))
+}
+
+fn unit(value: u64, format: Format) -> String {
+    let unused = 64 - 8 * u32::from(format.size);
+    let signed = ((value << unused) as i64) >> unused;
+    let digits = 2 + 2 * usize::from(format.size);
+    match format.letter {
+        Letter::Signed => signed.to_string(),
+        Letter::Unsigned => value.to_string(),
+        Letter::Octal => format!("0{value:o}"),
+        Letter::Char => format!("{signed} '{}'", [value as u8].escape_ascii()),
+        _ => format!("{value:#0digits$x}"),
+    }
+}
+
+/// Writes all of a guest into a file that must not be there yet.
+fn core(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    path: &Path,
+    output: &mut Output,
+) -> Result<(), Error> {
+    // Memory and registers of one moment.
+    let resume = match access.live() {
+        Ok(client) => {
+            let paused = client.status()?.phase.word() == "paused";
+            client.pause()?;
+            !paused
+        }
+        Err(Error::NotRunning(_)) => false,
+        Err(error) => return Err(error),
+    };
+    let written = write(access, work, path, output);
+    if resume {
+        access.live()?.resume()?;
+    }
+    written
+}
+
+fn write(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    path: &Path,
+    output: &mut Output,
+) -> Result<(), Error> {
+    let memory = access.open_memory()?;
+    let count = access.vcpus()?;
+    let vcpus = (0..count).map(|vcpu| access.registers(vcpu));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    let error = |source| Error::Core {
+        vm: work.vm.clone(),
+        path: path.to_owned(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|e| error(e.into()))?;
+    let report = write_core(&file, &memory, &vcpus).map_err(|source| {
+        // Half a core is none.
+        let _ = std::fs::remove_file(path);
+        error(source)
+    })?;
+    if report.truncated {
+        eprintln!(
+            "vmmctl: {}: page tables map more than the {} ranges in {}",
+            work.vm,
+            report.segments,
+            path.display()
+        );
+    }
+    output.field(
+        "core",
+        json!({ "path": path.to_string_lossy(), "segments": report.segments,
+                "truncated": report.truncated, "written": report.written }),
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_written_as_gdb_does() {
+        let write = |value, format: &str| unit(value, format.parse().unwrap());
+        assert_eq!(write(0xff, "xb"), "0xff");
+        assert_eq!(write(7, "xg"), "0x0000000000000007");
+        assert_eq!(write(0xff, "db"), "-1");
+        assert_eq!(write(0xffff_ffff, "dw"), "-1");
+        assert_eq!(write(0xff, "ub"), "255");
+        assert_eq!(write(8, "ow"), "010");
+        assert_eq!(write(65, "c"), "65 'A'");
+        assert_eq!(write(0xffff_ffff_ffff_fffe, "dg"), "-2");
+    }
+}

@@ -1,0 +1,146 @@
+//! What is in a VM's memory, whether it runs or not.
+
+use std::fs;
+
+use vmm_api::regs::{Access, Registers};
+
+use crate::common::Bench;
+
+/// Maps the first 2 MiB of memory there and at the top half's end, with some code and text in it.
+fn filled(bench: &Bench, name: &str) -> Registers {
+    let mut vm = bench.object(name, "rhyveload");
+    let mut state = vm.load_state().unwrap();
+    let ram = vm.map_memory(&state).unwrap();
+    for (gpa, entry) in [
+        (0x1000, 0x2003u64),
+        (0x1ff8, 0x2003),
+        (0x2000, 0x3003),
+        (0x3000, 0x83),
+    ] {
+        ram.write(gpa, &entry.to_le_bytes()).unwrap();
+    }
+    // mov rax, [rip + 0x10]; call +0; ud2; and what is no instruction.
+    let code = [
+        0x48, 0x8b, 0x05, 0x10, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0x0f, 0x0b, 0x06,
+    ];
+    ram.write(0x5000, &code).unwrap();
+    ram.write(0x6000, b"one\ttwo\0three\0").unwrap();
+    ram.write(0x6010, &[0xff, 0x80, 0x41, 0x0a]).unwrap();
+    let registers = &mut state.vcpus[0].registers;
+    (registers.cr0, registers.cr4, registers.efer) = (0x8000_0001, 0x20, 0x500);
+    registers.cr3 = 0x1000;
+    registers.rip = 0xffff_ff80_0000_5000;
+    registers.cs.access = Access(0xa09b);
+    let registers = registers.clone();
+    vm.store(&mut state).unwrap();
+    registers
+}
+
+#[test]
+fn memory_is_shown_as_gdb_shows_it() {
+    let bench = Bench::new();
+    filled(&bench, "guest0");
+    let x = |options: &str| bench.ok(&format!("--vm=guest0 {options}"));
+    assert_eq!(
+        x("--x/3xg phys:0x1ff0"),
+        "0x0000000000001ff0:\t0x0000000000000000\t0x0000000000002003\n\
+         0x0000000000002000:\t0x0000000000003003\n"
+    );
+    assert_eq!(
+        x("--x/4db 0xffffff8000006010"),
+        "0xffffff8000006010:\t-1\t-128\t65\t10\n"
+    );
+    assert_eq!(
+        x("--x/2c 0x6012"),
+        "0x0000000000006012:\t65 'A'\t10 '\\n'\n"
+    );
+    assert_eq!(
+        x("--x/2s 0x6000"),
+        "0x0000000000006000:\t\"one\\ttwo\"\n0x0000000000006008:\t\"three\"\n"
+    );
+    let said = bench.json("--vm=guest0 --x/2xb 0x6010");
+    assert_eq!(
+        said["x"],
+        serde_json::json!({ "address": "0x6010", "values": ["0xff", "0x80"] })
+    );
+    for (options, error) in [
+        (
+            "--x/1xg 0x1ffffc",
+            "linear 0x200000 is not mapped: level 2 entry 0x0 at 0x3008 is not present",
+        ),
+        (
+            "--x/1xg phys:0x3fffffc",
+            "linear 0x3fffffc: guest-physical 0x3fffffc (0x8 bytes) is not RAM",
+        ),
+    ] {
+        let said = bench.fails(&format!("--vm=guest0 {options}"), 1);
+        assert_eq!(said, format!("vmmctl: guest0: {error}\n"));
+    }
+    for options in [
+        "--x/0xg 1",
+        "--x/xz 1",
+        "--x/x here",
+        "--x/x",
+        "--disasm=here",
+    ] {
+        bench.fails(&format!("--vm=guest0 {options}"), 64);
+    }
+}
+
+#[test]
+fn instructions_are_shown_in_both_syntaxes() {
+    let bench = Bench::new();
+    filled(&bench, "guest0");
+    let lines = |options: &str| {
+        let said = bench.ok(&format!("--vm=guest0 {options}"));
+        said.lines()
+            .take(4)
+            .map(|line| format!("{line}\n"))
+            .collect::<String>()
+    };
+    insta::assert_snapshot!("nasm", lines("--disasm"));
+    insta::assert_snapshot!("gas", lines("--disasm=phys:0x5000 --syntax=gas"));
+    assert_eq!(
+        lines("--x/1i 0x500c"),
+        "   0x000000000000500c:\t0f 0b                         \tud2\n"
+    );
+    let said = bench.json("--vm=guest0 --disasm");
+    assert_eq!(said["disasm"][2]["text"], "ud2");
+}
+
+#[test]
+fn a_core_is_written_once_and_the_guest_goes_on() {
+    let bench = Bench::new();
+    let registers = filled(&bench, "guest0");
+    let path = bench.dir().join("core");
+    let options = format!("--vm=guest0 --core {}", path.display());
+    let said = bench.json(&options);
+    assert_eq!(said["core"]["segments"], 2);
+    let core = fs::read(&path).unwrap();
+    assert_eq!(&core[..4], b"\x7fELF");
+    let needle = registers.rip.to_le_bytes();
+    assert!(core[..4096].windows(8).any(|word| word == needle), "RIP");
+    let error = bench.fails(&options, 1);
+    assert!(
+        error.ends_with("the core file cannot be written: File exists (os error 17)\n"),
+        "{error}"
+    );
+    assert_eq!(fs::read(&path).unwrap(), core);
+
+    let machine = bench.running("guest1");
+    let path = bench.dir().join("other");
+    bench.ok(&format!("--vm=guest1 --core {}", path.display()));
+    assert_eq!(machine.said(), "pause, resume");
+    let options = format!(
+        "--vm=guest1 --pause --core {}",
+        bench.dir().join("third").display()
+    );
+    bench.ok(&options);
+    assert_eq!(machine.said(), "pause, resume, pause, pause", "stays held");
+    // Half a core is not left behind.
+    drop(bench.object("guest2", "rhyveload"));
+    fs::remove_file(bench.vm("guest2").path().join("mem")).unwrap();
+    let path = bench.dir().join("none");
+    bench.fails(&format!("--vm=guest2 --core {}", path.display()), 1);
+    assert!(!path.exists());
+}
