@@ -8,7 +8,10 @@
 
 use std::process::ExitCode;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 use vmm_api::name::VmName;
 use vmm_api::state::StopReason;
 
@@ -36,6 +39,7 @@ pub mod sequencer;
 pub mod suspend;
 #[cfg(test)]
 pub mod testing;
+pub mod thread;
 pub mod virtio;
 
 /// An error and its sources on one line: `outer: cause`.
@@ -96,12 +100,14 @@ fn tell(name: &VmName, cause: &Cause) {
 }
 
 fn tracing(filter: Option<&str>) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = EnvFilter::try_new(filter.unwrap_or("warn"))?;
-    let format = tracing_subscriber::fmt()
+    // Not EnvFilter: its regular expressions are as large as the rest of rhyve.
+    let filter: Targets = filter.unwrap_or("warn").parse()?;
+    let format = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_env_filter(filter)
         // Colours are a feature that is not compiled in.
         .with_ansi(false);
-    format.init();
+    tracing_subscriber::registry()
+        .with(format.with_filter(filter))
+        .init();
     Ok(())
 }

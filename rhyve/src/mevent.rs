@@ -104,7 +104,7 @@ impl Mevent {
             wake,
             stop: AtomicBool::new(false),
         });
-        let thread = thread::Builder::new().name("mevent".into()).spawn({
+        let thread = crate::thread::builder("mevent").spawn({
             let shared = Arc::clone(&shared);
             move || run(&shared)
         })?;

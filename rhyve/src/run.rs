@@ -192,8 +192,7 @@ fn start(vcpus: Vec<Vcpu>) -> Result<Vec<Thread>, RunError> {
     let mut threads = Vec::with_capacity(vcpus.len());
     for vcpu in vcpus {
         let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let handle = std::thread::Builder::new()
-            .name(format!("vcpu-{}", vcpu.kvm.index()))
+        let handle = crate::thread::builder(format!("vcpu-{}", vcpu.kvm.index()))
             .spawn(move || {
                 // The receiver waits for exactly this.
                 let _ = send.send(gettid());

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -48,15 +48,13 @@ impl Worker {
         });
         let queue = work.queue.index();
         let asked = stop.clone();
-        let thread = thread::Builder::new()
-            .name(format!("blk-{queue}"))
-            .spawn(move || {
-                let (label, interrupts) = (work.shared.label.clone(), work.interrupts.clone());
-                if catch_unwind(AssertUnwindSafe(|| work.run(&asked))).is_err() {
-                    tracing::error!(target: "rhyve::virtio::blk", "{label}: queue {queue} panicked");
-                    interrupts.needs_reset();
-                }
-            })?;
+        let thread = crate::thread::builder(format!("blk-{queue}")).spawn(move || {
+            let (label, interrupts) = (work.shared.label.clone(), work.interrupts.clone());
+            if catch_unwind(AssertUnwindSafe(|| work.run(&asked))).is_err() {
+                tracing::error!(target: "rhyve::virtio::blk", "{label}: queue {queue} panicked");
+                interrupts.needs_reset();
+            }
+        })?;
         Ok(Self {
             queue,
             stop,
