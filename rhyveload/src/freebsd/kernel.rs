@@ -96,12 +96,13 @@ impl Kernel {
                 at += 8;
                 let Range { offset, size } = table;
                 space.claim("the kernel's symbols", at - 8, size.saturating_add(8))?;
-                self.segments.push(Segment {
+                let whole = Segment {
                     offset,
                     filesz: size,
                     memsz: size,
                     gpa: at,
-                });
+                };
+                self.segments.extend((size != 0).then_some(whole));
                 at = (at + size).next_multiple_of(8);
             }
             self.end = at;
