@@ -70,6 +70,7 @@ pub const GUEST: Recipe = Recipe {
     profile: "linux",
     kernel: "linux-image-cloud-amd64",
     modules: &[
+        "button",
         "virtio_pci",
         "virtio_blk",
         "virtio_net",

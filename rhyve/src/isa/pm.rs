@@ -32,6 +32,9 @@ bitflags! {
         /// The firmware released the global lock, which it never takes.
         const GLOBAL = 1 << 5;
         const POWER_BUTTON = 1 << 8;
+        /// The clock's alarm, which never comes here: the tables say so, but Linux enables it all
+        /// the same, and complains when it reads back as 0.
+        const ALARM = 1 << 10;
     }
 
     /// PM1 control (4.8.3.2).
@@ -284,6 +287,13 @@ mod tests {
         assert_eq!(rig.get(0xb2, IoSize::Byte), 0xa0);
         rig.set(0xb2, IoSize::Byte, 0xa1);
         assert_eq!(rig.get(0x404, IoSize::Word), 0);
+    }
+
+    #[test]
+    fn the_alarm_can_be_enabled() {
+        let rig = rig();
+        rig.set(0x402, IoSize::Word, 0x0400);
+        assert_eq!(rig.get(0x400, IoSize::Dword), 0x0400_0000);
     }
 
     #[test]

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use nix::libc::O_NOCTTY;
 
-use crate::guests::{ask, probe, start_probe};
+use crate::guests::{ask, load, probe, start_probe};
 use crate::support::{Console, Place, Process, VM};
 
 /// Runs the probe with COM1 connected to this, and returns where that is.
 fn start(place: &Place, com1: &str) -> (Process, String) {
-    place.load("-m 64M", &probe(place));
+    load(place, "-m 64M", &probe(place));
     let mut guest = Process::start(place.command(&format!("rhyve -l com1,{com1} {VM}")));
     guest.errors.expect("is at ");
     let location = guest.errors.expect("\n");
@@ -83,7 +83,7 @@ fn a_file() {
     let place = Place::new();
     let path = place.path("log");
     std::fs::write(&path, "what was there before\n").unwrap();
-    place.load("-m 64M", &probe(&place));
+    load(&place, "-m 64M", &probe(&place));
     let conf = format!("rhyve -l com1,file:{} {VM}", path.display());
     let _guest = Process::start(place.command(&conf));
     let deadline = std::time::Instant::now() + crate::support::PATIENCE;
@@ -142,7 +142,7 @@ fn all_four_ports_at_once() {
 #[test]
 fn a_closed_pipe_does_not_end_the_guest() {
     let place = Place::new();
-    place.load("-m 64M", &probe(&place));
+    load(&place, "-m 64M", &probe(&place));
     let log = place.path("com2");
     let line = format!("rhyve -l com1,stdio -l com2,file:{} {VM}", log.display());
     let mut command = place.command(&line);

@@ -1,8 +1,8 @@
 //! The guests of these tests: the probe kernel, and machine code of a few bytes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::support::{Place, Process};
+use crate::support::{Place, Process, VM};
 
 /// Where a plain kernel's code lies.
 pub const ENTRY: u64 = 0x20_0000;
@@ -16,10 +16,18 @@ pub fn probe(place: &Place) -> PathBuf {
 
 /// Loads the probe kernel and runs it up to its prompt; returns its report as well.
 pub fn start_probe(place: &Place, options: &str) -> (Process, String) {
-    place.load("-m 64M", &probe(place));
+    load(place, "-m 64M", &probe(place));
     let mut guest = place.start(options);
     let report = guest.console.expect("probe> ");
     (guest, report)
+}
+
+/// Loads a kernel, which has to succeed; `options` come before the VM's name.
+pub fn load(place: &Place, options: &str, kernel: &Path) {
+    let mut load = place.command(&format!("rhyveload {options} --kernel"));
+    load.arg(kernel).arg(VM);
+    let ended = Process::start(load).wait();
+    assert_eq!(ended.status, Some(0), "rhyveload {options}: {ended:?}");
 }
 
 /// Types a command into the probe's prompt; returns what it prints.
@@ -34,7 +42,7 @@ pub fn ask(guest: &mut Process, command: &str) -> String {
 pub fn load_code(place: &Place, code: &[u8]) {
     let path = place.path("code");
     std::fs::write(&path, elf(code)).unwrap();
-    place.load("-m 16M", &path);
+    load(place, "-m 16M", &path);
 }
 
 /// A static ELF64 file with one segment (System V ABI, chapters 4 and 5).

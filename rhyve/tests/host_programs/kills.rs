@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use vmm_api::control::Client;
 use vmm_api::state::{Phase, StopReason};
 
-use crate::guests::{ENTRY, probe};
+use crate::guests::{ENTRY, load, probe};
 use crate::support::Place;
 
 /// A random number that `RHYVE_TEST_SEED` repeats.
@@ -27,7 +27,7 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
     println!("RHYVE_TEST_SEED={random}");
     let mut killed_while_running = 0;
     for round in 0..20 {
-        place.load("-m 64M", &kernel);
+        load(&place, "-m 64M", &kernel);
         let mut guest = place.start("-c 2");
         // xorshift64
         random ^= random << 13;
@@ -37,7 +37,11 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
         thread::sleep(delay);
         guest.signal(Signal::SIGKILL);
         let ended = guest.wait();
-        assert_eq!(ended.signal, Some(9), "round {round}, {delay:?}: {ended:?}");
+        assert_eq!(
+            ended.status,
+            Some(128 + 9),
+            "round {round}, {delay:?}: {ended:?}"
+        );
 
         let state = place.state();
         match &state.phase {
@@ -70,7 +74,7 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
     assert!(killed_while_running > 0);
 
     // The socket that the last one may have left is replaced.
-    place.load("-m 64M", &kernel);
+    load(&place, "-m 64M", &kernel);
     let left = place.vm().path().join("control.sock");
     if !left.exists() {
         drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
@@ -88,7 +92,7 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
 #[test]
 fn a_guest_killed_while_it_ran_says_so() {
     let place = Place::new();
-    place.load("-m 64M", &probe(&place));
+    load(&place, "-m 64M", &probe(&place));
     let mut guest = place.start("");
     guest.console.expect("probe> ");
     guest.signal(Signal::SIGKILL);
@@ -110,13 +114,13 @@ fn rhyveload_killed_at_random_moments_can_be_repeated() {
     let kernel = probe(&place);
     let line = format!("rhyveload -m 64M --kernel {} guest0", kernel.display());
     for round in 0..10 {
-        let mut load = crate::support::Process::start(place.command(&line));
+        let mut loader = crate::support::Process::start(place.command(&line));
         thread::sleep(Duration::from_micros(round * 700));
-        load.signal(Signal::SIGKILL);
-        load.wait();
+        loader.signal(Signal::SIGKILL);
+        loader.wait();
         // Half-made or not, it can be listed and loaded.
         place.ok("vmmctl --list");
-        place.load("-m 64M", &kernel);
+        load(&place, "-m 64M", &kernel);
         assert_eq!(place.state().phase, Phase::Loaded);
     }
 }

@@ -1,6 +1,6 @@
 //! The probe kernel's report of what it was given, and its prompt.
 
-use crate::guests::{ask, probe, start_probe};
+use crate::guests::{ask, load, probe, start_probe};
 use crate::support::Place;
 
 /// The report's lines that are not as they should be.
@@ -39,7 +39,7 @@ fn nothing_fails_on_one_two_and_four_cpus() {
 fn what_the_loader_was_told_arrives() {
     let place = Place::new();
     let options = "-m 64M --boot plain -e greeting=hello -e x=y --cmdline terse";
-    place.load(options, &probe(&place));
+    load(&place, options, &probe(&place));
     let mut guest = place.start("");
     let report = guest.console.expect("probe> ");
     for line in [
@@ -59,7 +59,7 @@ fn what_the_loader_was_told_arrives() {
 fn pvh_and_highmem_are_there() {
     let place = Place::new();
     let options = "-m 32M -M 8M --boot pvh --cmdline terse";
-    place.load(options, &probe(&place));
+    load(&place, options, &probe(&place));
     let report = place.start("").console.expect("probe> ");
     for line in [
         "probe: entry pvh ",

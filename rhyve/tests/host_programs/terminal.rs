@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
-use crate::guests::{load_code, probe};
+use crate::guests::{load, load_code, probe};
 use crate::support::{Console, Ended, Place, Process, VM};
 
 const COOKED: LocalFlags = LocalFlags::ICANON
@@ -55,7 +55,7 @@ impl Session {
 /// Runs the probe on a terminal and ends it.
 fn ended_by(end: impl FnOnce(&mut Process, &OwnedFd)) -> Ended {
     let place = Place::new();
-    place.load("-m 64M", &probe(&place));
+    load(&place, "-m 64M", &probe(&place));
     let mut session = Session::start(&place, "");
     session.guest.console.expect("probe> ");
     let raw = tcgetattr(&session.terminal).unwrap();

@@ -1,7 +1,6 @@
 //! The programs as processes: a place with VMs of its own, and guests whose consoles are typed
 //! into. Whatever a test starts ends with it, and whatever it waits for is bounded in time.
 
-use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +17,7 @@ use vmm_api::state::VmState;
 use vmm_api::vm::Vm;
 
 /// How long anything may take: a busy machine's KVM, or one inside a software CPU, is slow.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The VM of every test: each has a place of its own.
 pub const VM: &str = "guest0";
@@ -78,14 +77,6 @@ impl Place {
         ended.output
     }
 
-    /// Loads a kernel, which has to succeed; `options` come before the VM's name.
-    pub fn load(&self, options: &str, kernel: &Path) {
-        let mut load = self.command(&format!("rhyveload {options} --kernel"));
-        load.args([kernel.as_os_str(), OsStr::new(VM)]);
-        let ended = Process::start(load).wait();
-        assert_eq!(ended.status, Some(0), "rhyveload {options}: {ended:?}");
-    }
-
     /// Starts rhyve with these options and its first serial port as the process's console.
     pub fn start(&self, options: &str) -> Process {
         Process::start(self.command(&format!("rhyve {options} -l com1,stdio {VM}")))
@@ -104,10 +95,8 @@ impl Place {
 /// How a process ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// The exit status; none if a signal ended it.
+    /// The exit status; 128 more than its number if a signal ended it, as shells have it.
     pub status: Option<i32>,
-    /// The signal that ended it.
-    pub signal: Option<i32>,
     /// What it wrote to standard output that no test was waiting for.
     pub output: String,
     /// The same of standard error.
@@ -159,8 +148,7 @@ impl Process {
     pub fn wait(&mut self) -> Ended {
         let status = self.exit_status();
         Ended {
-            status: status.code(),
-            signal: status.signal(),
+            status: status.code().or(status.signal().map(|signal| 128 + signal)),
             output: self.console.rest(),
             errors: self.errors.rest(),
         }

@@ -184,16 +184,21 @@ impl Service {
                 }
             }
             self.accept();
-            let now = Instant::now();
-            let target = &*self.target;
-            let patience = self.patience;
-            self.clients
-                .retain_mut(|client| client.turn(target, now, patience));
+            self.serve();
         }
         // What was answered but not yet taken: one try, no waiting.
         for client in &mut self.clients {
             let _ = client.write();
         }
+    }
+
+    /// Gives every client a turn, and forgets those that are gone.
+    fn serve(&mut self) {
+        let now = Instant::now();
+        let target = &*self.target;
+        let patience = self.patience;
+        self.clients
+            .retain_mut(|client| client.turn(target, now, patience));
     }
 
     /// Waits until there is something to do; true when the service is to end.
@@ -246,6 +251,10 @@ impl Service {
     fn admit(&mut self, stream: UnixStream) {
         if stream.set_nonblocking(true).is_err() {
             return;
+        }
+        if self.clients.len() >= CLIENTS_MAX {
+            // Some may have left since they were looked at last.
+            self.serve();
         }
         let refusal = match getsockopt(&stream, PeerCredentials) {
             Err(_) => return,
