@@ -12,6 +12,8 @@ use vmm_api::root::RootError;
 use vmm_api::state::StateError;
 use vmm_api::vm::VmError;
 
+use crate::symbols::SymbolError;
+
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -112,6 +114,9 @@ pub enum Error {
         /// Why.
         source: WalkError,
     },
+    /// There are no names for addresses.
+    #[error(transparent)]
+    Symbols(#[from] SymbolError),
     /// There is no core file.
     #[error("{vm}: {}", path.display())]
     Core {

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backtrace;
 pub mod cli;
 pub mod detail;
 pub mod error;
@@ -16,6 +17,7 @@ pub mod list;
 pub mod look;
 pub mod number;
 pub mod output;
+pub mod symbols;
 pub mod target;
 pub mod work;
 

@@ -6,14 +6,17 @@ use std::path::Path;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter, Instruction, NasmFormatter};
 use serde_json::{Value, json};
+use vmm_api::control::RunPhase;
 use vmm_api::inspect::write_core;
 use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
 use vmm_api::regs::Registers;
 
+use crate::backtrace;
 use crate::cli::{Format, Letter, Place, Syntax, Work};
 use crate::error::Error;
 use crate::output::{Output, hex};
+use crate::symbols::Symbols;
 use crate::target::VcpuAccess;
 
 /// Instructions that `--disasm` shows.
@@ -49,10 +52,34 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
             output.field("disasm", lines);
         }
     }
+    if looks.backtrace {
+        held(access, |access| backtraces(access, work, output))?;
+    }
     match &looks.core {
-        Some(path) => core(access, work, path, output),
+        Some(path) => held(access, |access| core(access, work, path, output)),
         None => Ok(()),
     }
+}
+
+/// Does something while no vCPU runs, so that memory and registers are of one moment.
+fn held(
+    access: &mut dyn VcpuAccess,
+    action: impl FnOnce(&mut dyn VcpuAccess) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let resume = match access.live() {
+        Ok(client) => {
+            let paused = client.status()?.phase == RunPhase::Paused;
+            client.pause()?;
+            !paused
+        }
+        Err(Error::NotRunning(_)) => false,
+        Err(error) => return Err(error),
+    };
+    let done = action(access);
+    if resume {
+        access.live()?.resume()?;
+    }
+    done
 }
 
 /// A vCPU's view of memory.
@@ -217,6 +244,46 @@ fn unit(value: u64, format: Format) -> String {
     }
 }
 
+/// Shows how each vCPU got where it is. Without symbols there are only addresses, and a word on why.
+fn backtraces(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
+    let memory = access.open_memory()?;
+    let vcpus = registers(access)?;
+    let symbols = match (&work.gets.looks.symbols, access.kernel()?) {
+        (Some(path), _) => Some(Symbols::read(path)?),
+        (None, Some(kernel)) => match Symbols::read(Path::new(&kernel)) {
+            Ok(symbols) => Some(symbols),
+            Err(error) => {
+                eprintln!("vmmctl: {}: {}", work.vm, crate::error::chain(&error));
+                None
+            }
+        },
+        (None, None) => None,
+    };
+    // All vCPUs run the one kernel.
+    let symbols = match (symbols, vcpus.first()) {
+        (Some(symbols), Some(first)) => Some(backtrace::place(symbols, &memory, first)),
+        (symbols, _) => symbols,
+    };
+    let mut values = Vec::new();
+    for (vcpu, registers) in vcpus.iter().enumerate() {
+        let frames = backtrace::backtrace(&memory, registers);
+        output.line(&format!("vcpu{vcpu}:"));
+        for (number, frame) in frames.iter().enumerate() {
+            output.line(&frame.line(number, symbols.as_ref()));
+        }
+        let frames = frames.iter().map(|frame| frame.json(symbols.as_ref()));
+        values.push(Value::from_iter(frames));
+    }
+    output.field("bt", values);
+    Ok(())
+}
+
+/// All vCPUs' registers.
+fn registers(access: &mut dyn VcpuAccess) -> Result<Vec<Registers>, Error> {
+    let count = access.vcpus()?;
+    (0..count).map(|vcpu| access.registers(vcpu)).collect()
+}
+
 /// Writes all of a guest into a file that must not be there yet.
 fn core(
     access: &mut dyn VcpuAccess,
@@ -224,33 +291,8 @@ fn core(
     path: &Path,
     output: &mut Output,
 ) -> Result<(), Error> {
-    // Memory and registers of one moment.
-    let resume = match access.live() {
-        Ok(client) => {
-            let paused = client.status()?.phase.word() == "paused";
-            client.pause()?;
-            !paused
-        }
-        Err(Error::NotRunning(_)) => false,
-        Err(error) => return Err(error),
-    };
-    let written = write(access, work, path, output);
-    if resume {
-        access.live()?.resume()?;
-    }
-    written
-}
-
-fn write(
-    access: &mut dyn VcpuAccess,
-    work: &Work,
-    path: &Path,
-    output: &mut Output,
-) -> Result<(), Error> {
     let memory = access.open_memory()?;
-    let count = access.vcpus()?;
-    let vcpus = (0..count).map(|vcpu| access.registers(vcpu));
-    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    let vcpus = registers(access)?;
     let error = |source| Error::Core {
         vm: work.vm.clone(),
         path: path.to_owned(),

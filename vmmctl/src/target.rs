@@ -124,6 +124,13 @@ pub trait VcpuAccess {
     /// There is none.
     fn open_memory(&mut self) -> Result<MemFile, Error>;
 
+    /// The kernel that was loaded, if it is known.
+    ///
+    /// # Errors
+    ///
+    /// The state cannot be read.
+    fn kernel(&mut self) -> Result<Option<String>, Error>;
+
     /// The connection to a VM that runs.
     ///
     /// # Errors
@@ -353,6 +360,10 @@ impl VcpuAccess for Stored<'_> {
         Ok(self.vm.open_memory(&self.state()?)?)
     }
 
+    fn kernel(&mut self) -> Result<Option<String>, Error> {
+        Ok(self.state()?.machine.boot.map(|boot| boot.kernel))
+    }
+
     fn stats(&mut self, _: u32) -> Result<(VcpuStats, VmStats), Error> {
         Err(Error::NotRunning(self.vm.name().clone()))
     }
@@ -419,6 +430,10 @@ impl VcpuAccess for Live {
 
     fn open_memory(&mut self) -> Result<MemFile, Error> {
         Ok(self.vm.open_memory(&self.vm.load_state()?)?)
+    }
+
+    fn kernel(&mut self) -> Result<Option<String>, Error> {
+        Ok(self.vm.load_state()?.machine.boot.map(|boot| boot.kernel))
     }
 
     fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error> {

@@ -22,6 +22,10 @@ pub struct Looks {
     pub disasm: Option<Option<Place>>,
     /// In this syntax.
     pub syntax: Syntax,
+    /// How each vCPU got where it is.
+    pub backtrace: bool,
+    /// A file with names for addresses; none: the kernel that was loaded.
+    pub symbols: Option<PathBuf>,
     /// All of it, as a core file.
     pub core: Option<PathBuf>,
 }
@@ -186,6 +190,15 @@ pub(super) fn options(command: Command) -> Command {
                 .default_value("nasm"),
         )
         .arg(
+            arg("bt", "Show how each vCPU got where it is; callers with a question mark are guesses; a VM that runs is held meanwhile")
+                .action(ArgAction::SetTrue),
+        )
+        .arg(
+            arg("symbols", "Where names for --bt are: an ELF file or a System.map [default: the kernel that was loaded]")
+                .value_name("FILE")
+                .value_parser(clap::value_parser!(PathBuf)),
+        )
+        .arg(
             arg("core", "Write memory and all vCPUs' registers as an ELF core file, which gdb opens; a VM that runs is held meanwhile")
                 .value_name("FILE")
                 .action(ArgAction::Set)
@@ -211,6 +224,8 @@ pub(super) fn looks(matches: &ArgMatches) -> Result<Looks, clap::Error> {
             .get_one::<Syntax>("syntax")
             .copied()
             .unwrap_or_default(),
+        backtrace: matches.get_flag("bt"),
+        symbols: matches.get_one::<PathBuf>("symbols").cloned(),
         core: matches.get_one::<PathBuf>("core").cloned(),
     })
 }

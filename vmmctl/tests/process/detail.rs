@@ -73,14 +73,11 @@ fn a_stored_vm_is_changed() {
     );
     let nvram = "--rtc-nvram-offset=77 --set-rtc-nvram=0xa5 --get-rtc-nvram";
     assert_eq!(
-        bench.ok(&format!("--vm=guest0 --set-rtc-time=1334102398 {nvram}")),
+        bench.ok(&format!("--vm=guest0 --set-rtc-time=1334059200 {nvram}")),
         "rtc nvram[077]: 0xa5\n"
     );
     let time = bench.ok("--vm=guest0 --get-rtc-time");
-    assert!(
-        time.ends_with(" Tue Apr 10 23:59:58 2012\n") || time.contains(" Apr 11 00:00:"),
-        "{time}"
-    );
+    assert!(time.contains(": Tue Apr 10 12:00:"), "{time}");
     bench.ok("--vm=guest0 --set-mem=4096");
     assert_eq!(
         bench.ok("--vm=guest0 --get-lowmem --get-highmem"),

@@ -144,3 +144,44 @@ fn a_core_is_written_once_and_the_guest_goes_on() {
     bench.fails(&format!("--vm=guest2 --core {}", path.display()), 1);
     assert!(!path.exists());
 }
+
+#[test]
+fn callers_are_named_and_guesses_marked() {
+    let bench = Bench::new();
+    filled(&bench, "guest0");
+    let mut vm = bench.vm("guest0").lock("rhyveload").unwrap();
+    let mut state = vm.load_state().unwrap();
+    let ram = vm.map_memory(&state).unwrap();
+    // Behind the call at 0x5007.
+    ram.write(0x8018, &0x500cu64.to_le_bytes()).unwrap();
+    ram.write(0x8010, &0u64.to_le_bytes()).unwrap();
+    let registers = &mut state.vcpus[0].registers;
+    (registers.rsp, registers.rbp) = (0x8000, 0x8010);
+    let mut second = state.vcpus[0].clone();
+    second.registers.rbp = 0;
+    state.vcpus.push(second);
+    vm.store(&mut state).unwrap();
+    drop((vm, ram));
+    let map = bench.dir().join("System.map");
+    fs::write(&map, "0000000000005000 T low\nffffff8000005000 T high\n").unwrap();
+    let options = format!("--vm=guest0 --bt --symbols {}", map.display());
+    assert_eq!(
+        bench.ok(&options),
+        "vcpu0:\n#0  0xffffff8000005000 in high+0x0\n#1  0x000000000000500c in low+0xc\n\
+         vcpu1:\n#0  0xffffff8000005000 in high+0x0\n#1  ? 0x000000000000500c in low+0xc\n"
+    );
+    let said = bench.json(&options);
+    assert_eq!(said["bt"][1][1]["certain"], false);
+    // Without names there are addresses.
+    assert!(
+        bench
+            .ok("--vm=guest0 --bt")
+            .contains("#1  ? 0x000000000000500c\n")
+    );
+    fs::write(&map, "").unwrap();
+    let error = bench.fails(&options, 1);
+    assert!(
+        error.contains("no symbols in it: give an ELF file"),
+        "{error}"
+    );
+}
