@@ -345,3 +345,78 @@ impl Mmio for Window {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PciAddress;
+    use crate::pci::{PciBus, Target};
+
+    /// Reads as its number, and remembers where its BAR is.
+    struct Numbered(u8, Mutex<Option<u64>>);
+
+    impl PciDevice for Numbered {
+        fn bar_read(&self, _: u8, offset: u64, data: &mut [u8]) {
+            for (byte, at) in data.iter_mut().zip(offset..) {
+                *byte = self.0 << 4 | at as u8;
+            }
+        }
+        fn bar_write(&self, _: u8, _: u64, _: &[u8]) {}
+        fn bar_moved(&self, _: u8, base: Option<u64>) {
+            *self.1.lock().unwrap() = base;
+        }
+    }
+
+    #[test]
+    fn bars_change_places_one_after_the_other() {
+        let buses = Buses {
+            ports: Arc::default(),
+            mmio: Arc::default(),
+        };
+        let bus = PciBus::new();
+        let mut placement = Placement::new(0xc000_0000..0xc001_0000);
+        let plug = |number: u8, kind, placement: &mut Placement| {
+            let device = Arc::new(Numbered(number, Mutex::default()));
+            let mut parts = Parts::new("numbered", Ident::default());
+            parts.bars.push(Bar {
+                index: 0,
+                kind,
+                size: 16,
+            });
+            let endpoint = Endpoint::new(parts, device.clone(), buses.clone(), placement);
+            let address = PciAddress::new(0, number.into(), 0).unwrap();
+            bus.plug(address, endpoint.unwrap()).unwrap();
+            device
+        };
+        for (kind, start) in [(BarKind::Io, 0x2000), (BarKind::Memory32, 0xc000_0000)] {
+            let first = u8::try_from(start & 0xf).unwrap() + if start == 0x2000 { 1 } else { 3 };
+            let one = plug(first, kind, &mut placement);
+            let two = plug(first + 1, kind, &mut placement);
+            let place = |device: &Numbered| *device.1.lock().unwrap();
+            let read = |at: u64| match kind {
+                BarKind::Io => buses.ports.read(at as u16, IoSize::Word).ok(),
+                _ => {
+                    let mut data = [0; 2];
+                    let read = buses.mmio.read(at, &mut data);
+                    read.ok().map(|()| u16::from_le_bytes(data).into())
+                }
+            };
+            let set = |number: u8, at: u64| {
+                bus.write(Target::new(0, number << 3), BAR0, IoSize::Dword, at as u32);
+            };
+            assert_eq!((place(&one), place(&two)), (Some(start), Some(start + 16)));
+            // The first goes where the second still is: nowhere, until that goes away.
+            set(first, start + 16);
+            assert_eq!((place(&one), read(start)), (None, None));
+            assert_eq!(
+                read(start + 17),
+                Some(u32::from(first + 1) * 0x1010 + 0x0201)
+            );
+            set(first + 1, start);
+            assert_eq!((place(&one), place(&two)), (Some(start + 16), Some(start)));
+            assert_eq!(read(start + 16), Some(u32::from(first) * 0x1010 + 0x0100));
+            bus.write(Target::new(0, first << 3), COMMAND, IoSize::Word, 0);
+            assert_eq!((place(&one), read(start + 16)), (None, None));
+        }
+    }
+}

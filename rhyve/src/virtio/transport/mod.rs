@@ -106,6 +106,8 @@ pub struct VirtioPci {
     device: Arc<dyn VirtioDevice>,
     link: Arc<Link>,
     core: Mutex<Core>,
+    /// Its own, without the one of MSI-X.
+    bars: Vec<Bar>,
     /// Where the capability of PCI configuration access is.
     window: Option<u8>,
 }
@@ -171,6 +173,7 @@ impl VirtioPci {
             device,
             link,
             core: Mutex::new(core),
+            bars: parts.bars.clone(),
             window,
         });
         let endpoint = Endpoint::new(parts, transport.clone(), board.buses.clone(), placement)?;
@@ -192,12 +195,7 @@ impl VirtioPci {
         let bar = space.read(at + 4, IoSize::Byte) as u8;
         let offset = u64::from(space.read(at + 8, IoSize::Dword));
         let len = space.read(at + 12, IoSize::Dword);
-        let size = match bar {
-            legacy::BAR => legacy::bar_size(self.device.config_size()),
-            modern::PORT_BAR => modern::PORT_BAR_SIZE,
-            modern::BAR => modern::bar_size(self.device.queue_sizes().len()),
-            _ => return None,
-        };
+        let size = self.bars.iter().find(|known| known.index == bar)?.size;
         let fits = matches!(len, 1 | 2 | 4) && offset + u64::from(len) <= size;
         fits.then_some((bar, offset, len as usize))
     }

@@ -1,1 +1,0 @@
-//! Both transports against drivers good and bad.
