@@ -11,6 +11,7 @@ use vmm_api::memory::{GuestRam, MemoryError, MemoryLayout};
 use vmm_api::state::{StateError, VmState};
 use vmm_api::topology::Topology;
 
+use crate::block::BlockError;
 use crate::bus::{Overlap, PortBus};
 use crate::config::MachineSpec;
 use crate::console::{Attached, Console, ConsoleError, attach};
@@ -60,6 +61,9 @@ pub enum BuildError {
     /// A virtio device cannot be put on PCI.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// A disk's image cannot be had.
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// A device lacks something of the host.
     #[error("{device}")]
     Device {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Board, BuildError};
-use crate::config::{Era, MachineSpec, PciAddress, RndSpec, SlotDevice, SlotSpec};
+use crate::block;
+use crate::config::{BlkSpec, Era, MachineSpec, PciAddress, RndSpec, SlotDevice, SlotSpec};
 use crate::firmware::{Ecam, IOAPIC_BASE, IntxRoute, PCI_HOLE};
 use crate::irq::{Fork, WiredOr};
 use crate::isa::reset::ResetControl;
@@ -12,6 +13,7 @@ use crate::machine::KvmEvents;
 use crate::pci::{
     Buses, ConfigPorts, EcamWindow, HostBridge, Intx, IntxPin, PciBus, PciFunction, Placement,
 };
+use crate::virtio::blk::Blk;
 use crate::virtio::transport::{self, Transport, VirtioPci};
 use crate::virtio::{Rnd, VirtioDevice};
 
@@ -80,6 +82,19 @@ impl Backplane<'_> {
         Ok(match &slot.device {
             SlotDevice::HostBridge => HostBridge::new(),
             SlotDevice::AmdHostBridge => HostBridge::amd(),
+            SlotDevice::VirtioBlk(BlkSpec {
+                disk,
+                transport,
+                queues,
+            }) => {
+                let blk = Blk::new(disk, block::open(disk)?, queues.get())?;
+                let (path, info, engine) = (disk.path.display(), blk.info(), blk.engine().name());
+                eprintln!(
+                    "rhyve: virtio-blk at {}: {path}: {info}, {engine}",
+                    slot.address
+                );
+                self.virtio(slot.address, blk, *transport)?
+            }
             SlotDevice::VirtioRnd(RndSpec { transport, rate }) => {
                 let rnd = Rnd::new(self.board.mevent.clone(), *rate);
                 let rnd = rnd.map_err(|source| BuildError::Device {

@@ -1,7 +1,15 @@
 //! A disk's configuration: the image's path, and options as bhyve(8) names them.
 
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use super::SlotError;
+use super::virtio::transport;
+use crate::virtio::transport::Transport;
+
+/// More queues than any guest has CPUs to fill.
+const MAX_QUEUES: u16 = 64;
 
 /// How an image keeps a disk's sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +31,20 @@ pub enum AioEngine {
     /// io_uring.
     IoUring,
 }
+
+/// What `-s help` says of a disk's configuration.
+pub(super) const HELP: &str = "  virtio-blk,PATH takes
+    ro                    the guest cannot write
+    snapshot              keep writes in memory, and forget them at the end
+    nocache               go past the host's page cache
+    sync, direct          each write is on stable storage before it completes
+    nodelete              offer no discard
+    sectorsize=L[/P]      logical and physical block size
+    ser=TEXT              serial number, up to 20 characters
+    format=raw|qcow2      qcow2 if PATH ends in .qcow2
+    aio=threads|io_uring  who moves the bytes; io_uring where there is something to wait for
+    queues=N              queues, each with a thread; 1
+";
 
 /// One disk image and how it is to be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +71,17 @@ pub struct BlockSpec {
     pub engine: AioEngine,
 }
 
+/// A virtio-blk device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlkSpec {
+    /// Its image.
+    pub disk: BlockSpec,
+    /// Its registers.
+    pub transport: Transport,
+    /// Its queues, each with a thread.
+    pub queues: NonZeroU16,
+}
+
 /// Why a disk's configuration is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BlockConfError {
@@ -58,7 +91,8 @@ pub enum BlockConfError {
     /// Not an option.
     #[error(
         "a disk has no option '{0}': there are nocache direct sync ro sectorsize=L[/P] ser=TEXT \
-         nodelete snapshot format=raw|qcow2 aio=threads|io_uring"
+         nodelete snapshot format=raw|qcow2 aio=threads|io_uring queues=N \
+         virtio=legacy|modern|transitional"
     )]
     Unknown(String),
     /// Not a block size.
@@ -76,6 +110,9 @@ pub enum BlockConfError {
     /// Not an engine.
     #[error("'{0}' moves no bytes: write threads or io_uring")]
     Engine(String),
+    /// Not a number of queues.
+    #[error("a disk has 1 to {MAX_QUEUES} queues, not '{0}'")]
+    Queues(String),
 }
 
 impl BlockSpec {
@@ -124,6 +161,35 @@ impl BlockSpec {
         } else {
             ImageFormat::Raw
         })
+    }
+}
+
+impl BlkSpec {
+    /// Reads `PATH[,option]...`.
+    ///
+    /// # Errors
+    /// [`SlotError::Block`] and, for `virtio=`, [`SlotError::Value`].
+    pub fn parse(conf: &str) -> Result<Self, SlotError> {
+        let (path, options) = conf.split_once(',').unwrap_or((conf, ""));
+        let mut spec = Self {
+            disk: path.parse()?,
+            transport: Transport::default(),
+            queues: NonZeroU16::MIN,
+        };
+        for word in options.split(',').filter(|word| !word.is_empty()) {
+            match word.split_once('=') {
+                Some(("virtio", value)) => spec.transport = transport(value)?,
+                Some(("queues", value)) => {
+                    let queues = value.parse().ok();
+                    let queues = queues.filter(|queues: &NonZeroU16| queues.get() <= MAX_QUEUES);
+                    let wrong = || BlockConfError::Queues(value.to_owned());
+                    spec.queues = queues.ok_or_else(wrong)?;
+                }
+                _ if spec.disk.option(word)? => {}
+                _ => return Err(BlockConfError::Unknown(word.to_owned()).into()),
+            }
+        }
+        Ok(spec)
     }
 }
 
@@ -222,6 +288,30 @@ mod tests {
         }
         assert_eq!(err("a,format=vmdk"), BlockConfError::Format("vmdk".into()));
         assert_eq!(err("a,aio=magic"), BlockConfError::Engine("magic".into()));
+    }
+
+    #[test]
+    fn a_device_has_options_of_its_own() {
+        let spec = BlkSpec::parse("disk.img,queues=4,ro,virtio=legacy").unwrap();
+        let wanted = BlkSpec {
+            disk: "disk.img,ro".parse().unwrap(),
+            transport: Transport::Legacy,
+            queues: NonZeroU16::new(4).unwrap(),
+        };
+        assert_eq!(spec, wanted);
+        let plain = BlkSpec::parse("disk.img").unwrap();
+        assert_eq!(
+            (plain.queues.get(), plain.transport),
+            (1, Transport::Transitional)
+        );
+        let err = |conf: &str| BlkSpec::parse(conf).unwrap_err();
+        assert_eq!(err(""), BlockConfError::NoPath.into());
+        assert_eq!(err("a,x"), BlockConfError::Unknown("x".into()).into());
+        for queues in ["", "0", "65", "-1"] {
+            let conf = format!("a,queues={queues}");
+            assert_eq!(err(&conf), BlockConfError::Queues(queues.into()).into());
+        }
+        assert!(matches!(err("a,virtio=old"), SlotError::Value { .. }));
     }
 
     proptest::proptest! {

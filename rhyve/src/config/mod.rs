@@ -21,7 +21,7 @@ mod topology;
 mod variable;
 mod virtio;
 
-pub use block::{AioEngine, BlockConfError, BlockSpec, ImageFormat};
+pub use block::{AioEngine, BlkSpec, BlockConfError, BlockSpec, ImageFormat};
 pub use builder::SpecBuilder;
 pub use com::{ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
 pub use slot::{PciAddress, SlotDevice, SlotError, SlotSpec, help as slot_help};

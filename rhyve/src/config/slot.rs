@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::RndSpec;
+use super::{BlkSpec, BlockConfError, RndSpec};
 
 /// The place of a PCI function: bus, device (bhyve says slot) and function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,6 +24,8 @@ pub enum SlotDevice {
     /// The host bridge with AMD's identity, 1022:7432: some guests enable MSI only behind a bridge
     /// they know.
     AmdHostBridge,
+    /// A disk.
+    VirtioBlk(BlkSpec),
     /// Random numbers of the host.
     VirtioRnd(RndSpec),
 }
@@ -78,6 +80,9 @@ pub enum SlotError {
         /// What there is.
         known: &'static str,
     },
+    /// A disk cannot be so.
+    #[error(transparent)]
+    Block(#[from] BlockConfError),
     /// An option cannot have this value.
     #[error("{option}= is {wanted}, not '{value}'")]
     Value {
@@ -92,18 +97,9 @@ pub enum SlotError {
 
 /// bhyve(8)'s emulations which are not there yet, and why.
 const NOT_YET: &[(&str, &str)] = &[
-    (
-        "ahci",
-        "there are no disk devices yet; a Linux guest can live in its --initrd",
-    ),
-    (
-        "ahci-cd",
-        "there are no disk devices yet; a Linux guest can live in its --initrd",
-    ),
-    (
-        "ahci-hd",
-        "there are no disk devices yet; a Linux guest can live in its --initrd",
-    ),
+    ("ahci", "it is not there yet; disks are virtio-blk"),
+    ("ahci-cd", "it is not there yet; disks are virtio-blk"),
+    ("ahci-hd", "it is not there yet; disks are virtio-blk"),
     ("e1000", "there are no network devices yet"),
     ("fbuf", "there is no display; the console is -l com1,stdio"),
     ("hda", "there are no sound devices"),
@@ -111,10 +107,7 @@ const NOT_YET: &[(&str, &str)] = &[
         "lpc",
         "the ports of -l need no bridge, so leave this slot out",
     ),
-    (
-        "nvme",
-        "there are no disk devices yet; a Linux guest can live in its --initrd",
-    ),
+    ("nvme", "it is not there yet; disks are virtio-blk"),
     ("passthru", "host devices cannot be handed to a guest yet"),
     (
         "uart",
@@ -122,35 +115,33 @@ const NOT_YET: &[(&str, &str)] = &[
     ),
     ("virtio-9p", "host directories cannot be shared yet"),
     (
-        "virtio-blk",
-        "there are no disk devices yet; a Linux guest can live in its --initrd",
-    ),
-    (
         "virtio-console",
         "it is not there yet; the console is -l com1,stdio",
     ),
     ("virtio-input", "there are no input devices"),
     ("virtio-net", "there are no network devices yet"),
-    ("virtio-scsi", "there are no disk devices yet"),
+    ("virtio-scsi", "it is not there yet; disks are virtio-blk"),
     ("xhci", "there is no USB"),
 ];
 
 /// What `-s help` prints.
 pub fn help() -> String {
     let mut text = String::from("Emulations for -s:\n");
-    for (device, about) in [
+    for (name, about) in [
         (
-            SlotDevice::HostBridge,
+            "hostbridge",
             "host bridge; stands in slot 0 unless another does",
         ),
-        (SlotDevice::AmdHostBridge, "host bridge with AMD's identity"),
+        ("amd_hostbridge", "host bridge with AMD's identity"),
+        ("virtio-blk", "disk with the image PATH"),
         (
-            SlotDevice::VirtioRnd(RndSpec::default()),
+            "virtio-rnd",
             "random numbers of the host; rate=BYTES a second at most",
         ),
     ] {
-        text += &format!("  {:<16}{about}\n", device.name());
+        text += &format!("  {name:<16}{about}\n");
     }
+    text += super::block::HELP;
     text += "virtio devices have the registers that virtio= says:\n";
     text += "  legacy          those of virtio 0.9.5\n";
     text += "  modern          those of virtio 1.0 and later\n";
@@ -168,6 +159,7 @@ impl SlotDevice {
         match self {
             Self::HostBridge => "hostbridge",
             Self::AmdHostBridge => "amd_hostbridge",
+            Self::VirtioBlk(_) => "virtio-blk",
             Self::VirtioRnd(_) => "virtio-rnd",
         }
     }
@@ -182,6 +174,7 @@ impl SlotDevice {
             "" => return Err(SlotError::Syntax),
             "hostbridge" => Self::HostBridge,
             "amd_hostbridge" => Self::AmdHostBridge,
+            "virtio-blk" => return BlkSpec::parse(conf).map(Self::VirtioBlk),
             "virtio-rnd" => return RndSpec::parse(conf).map(Self::VirtioRnd),
             _ => {
                 let known = NOT_YET.iter().find(|(known, _)| *known == name);

@@ -207,7 +207,12 @@ impl VirtioDevice for Blk {
     fn reset(&self) {
         // Each worker's drop waits for what it has under way.
         let running = std::mem::take(&mut *self.running());
+        let ran = !running.workers.is_empty();
         drop(running);
+        // A guest that ends does so by a reset: what it wrote is not to depend on what comes next.
+        if ran && let Err(error) = self.shared.backend.flush() {
+            tracing::error!(target: "rhyve::virtio::blk", "{}: flush: {error}", self.shared.label);
+        }
         self.shared.writeback.store(true, Ordering::SeqCst);
     }
 
