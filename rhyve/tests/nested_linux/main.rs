@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod disk;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -166,6 +166,10 @@ impl VirtioDevice for Blk {
         &self.queue_sizes
     }
 
+    fn config_size(&self) -> usize {
+        config::LEN
+    }
+
     fn config_read(&self, offset: usize, data: &mut [u8]) {
         let writeback = self.shared.writeback.load(Ordering::SeqCst);
         let space = config::space(&self.info(), self.queues(), writeback);

@@ -542,6 +542,7 @@ fn queues_work_side_by_side() {
 fn the_configuration_is_read_in_any_piece_and_one_byte_is_written() {
     let rig = Rig::new("");
     let whole = space(&rig.device.info(), 1, true);
+    assert_eq!(rig.device.config_size(), whole.len());
     for offset in 0..70 {
         for len in 0..9 {
             let mut data = vec![0xcc; len];

@@ -1,0 +1,116 @@
+//! virtio-blk under Debian's unmodified driver.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::support::Place;
+use super::{boot, ends, shell};
+
+const SIZE: u64 = 64 << 20;
+
+fn image(place: &Place, name: &str) -> PathBuf {
+    let path = place.path(name);
+    File::create(&path).unwrap().set_len(SIZE).unwrap();
+    path
+}
+
+/// MD5 of a file's first 8 MiB, by the host.
+fn sum(path: &std::path::Path) -> String {
+    let head = format!("head -c 8388608 '{}' | md5sum", path.display());
+    let output = Command::new("sh").args(["-c", &head]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// Writes 8 MiB to /dev/vda in the guest, and reads them back past the cache: their sum.
+const WRITE_AND_READ: &str = "dd if=/dev/urandom of=/tmp/r bs=1M count=8 2>/dev/null; \
+    dd if=/tmp/r of=/dev/vda bs=64k conv=fsync 2>/dev/null && echo 3 >/proc/sys/vm/drop_caches; \
+    md5sum </tmp/r; dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum";
+
+#[test]
+#[ignore = "nested lane"]
+fn a_disk_keeps_what_is_written_by_every_interface() {
+    for (transport, cpus) in [("legacy", 1), ("modern", 4), ("transitional", 2)] {
+        let place = Place::new();
+        let disk = image(&place, "disk.img");
+        let run = format!(
+            "-c {cpus} -s 2,virtio-blk,{},virtio={transport},ser=A-DISK,queues={cpus}",
+            disk.display()
+        );
+        let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
+        let known = shell(
+            &mut guest,
+            "cd /sys/block/vda; cat size serial queue/write_cache",
+        );
+        let serial = known.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(serial, "131072 A-DISKwrite back", "{transport}");
+        let sums = shell(&mut guest, WRITE_AND_READ);
+        let (written, read) = sums.split_once('\n').unwrap();
+        assert_eq!(written, read, "{transport}");
+        ends(&mut guest, "poweroff -f", 1);
+        assert_eq!(sum(&disk), written, "{transport}");
+    }
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn a_snapshot_is_forgotten_and_a_read_only_disk_refuses() {
+    let place = Place::new();
+    let disk = image(&place, "disk.img");
+    let before = sum(&disk);
+    let path = disk.display();
+    let run = format!("-s 2,virtio-blk,{path},snapshot -s 3,virtio-blk,{path},ro");
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
+    let sums = shell(&mut guest, WRITE_AND_READ);
+    let (written, read) = sums.split_once('\n').unwrap();
+    assert_eq!(written, read);
+    assert_ne!(written, before);
+    assert_eq!(
+        shell(&mut guest, "cat /sys/block/vda/ro /sys/block/vdb/ro"),
+        "0\n1"
+    );
+    ends(&mut guest, "poweroff -f", 1);
+    assert_eq!(sum(&disk), before);
+}
+
+/// A small tmpfs.
+struct Small(PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn a_full_host_is_the_guests_io_error_and_passes() {
+    let place = Place::new();
+    let small = Small(place.path("small"));
+    fs::create_dir(&small.0).unwrap();
+    let mut mount = Command::new("mount");
+    mount
+        .args(["-t", "tmpfs", "-o", "size=16m", "none"])
+        .arg(&small.0);
+    assert!(mount.status().unwrap().success());
+    let disk = small.0.join("disk.img");
+    File::create(&disk).unwrap().set_len(SIZE).unwrap();
+    let run = format!("-s 2,virtio-blk,{}", disk.display());
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
+    let write = "dd if=/dev/zero of=/dev/vda bs=1M count=32 conv=fsync 2>&1 | grep -c error";
+    shell(&mut guest, "dmesg -n 1");
+    assert_eq!(shell(&mut guest, write), "1");
+    // Giving space back makes room.
+    assert_eq!(
+        shell(&mut guest, "blkdiscard /dev/vda && echo given"),
+        "given"
+    );
+    let sums = shell(&mut guest, WRITE_AND_READ);
+    let (written, read) = sums.split_once('\n').unwrap();
+    assert_eq!(written, read);
+    let ended = ends(&mut guest, "poweroff -f", 1);
+    assert!(
+        ended.errors.contains("No space left on device"),
+        "{ended:?}"
+    );
+}
