@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::libc::O_NOCTTY;
 
 use crate::guests::{ask, load, probe, start_probe};
-use crate::support::{Console, Place, Process, VM};
+use crate::support::{Console, Place, Process, VM, until};
 
 /// Runs the probe with COM1 connected to this, and returns where that is.
 fn start(place: &Place, com1: &str) -> (Process, String) {
@@ -24,9 +24,13 @@ fn start(place: &Place, com1: &str) -> (Process, String) {
 /// Talks to the probe's prompt at the other end of a connection.
 fn talk(mut console: Console) {
     // The prompt may have been shown before anybody listened: then ^U has it shown once more.
-    while console.find("probe> ", Duration::from_secs(2)).is_none() {
-        console.send("\x15");
-    }
+    until("a prompt", || {
+        let shown = console.find("probe> ", Duration::from_secs(2)).is_some();
+        if !shown {
+            console.send("\x15");
+        }
+        shown
+    });
     console.send("echo who is there");
     console.expect("\nwho is there\r\n");
 }
@@ -86,15 +90,11 @@ fn a_file() {
     load(&place, "-m 64M", &probe(&place));
     let conf = format!("rhyve -l com1,file:{} {VM}", path.display());
     let _guest = Process::start(place.command(&conf));
-    let deadline = std::time::Instant::now() + crate::support::PATIENCE;
-    loop {
-        let text = std::fs::read_to_string(&path).unwrap();
-        if text.starts_with("what was there before\n") && text.ends_with("probe> ") {
-            break;
-        }
-        assert!(std::time::Instant::now() < deadline, "{text}");
+    until("the report in the file", || {
         std::thread::sleep(Duration::from_millis(20));
-    }
+        let text = std::fs::read_to_string(&path).unwrap();
+        text.starts_with("what was there before\n") && text.ends_with("probe> ")
+    });
 }
 
 #[test]
@@ -125,10 +125,10 @@ fn all_four_ports_at_once() {
     tcp.write_all(b"T").unwrap();
     for (port, status, value) in [("0x3e8", "0x3ed", "0x55"), ("0x2e8", "0x2ed", "0x54")] {
         // Data is ready (16550A, line status register, bit 0).
-        while !ask(&mut guest, &format!("in {status}"))
-            .trim_end()
-            .ends_with('1')
-        {}
+        until("data is ready", || {
+            let answer = ask(&mut guest, &format!("in {status}"));
+            answer.trim_end().ends_with('1')
+        });
         let read = ask(&mut guest, &format!("in {port}"));
         assert!(read.contains(&format!("in {port} {value}")), "{read}");
     }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::guests::{ENTRY, ask, load_code, start_probe};
-use crate::support::Place;
+use crate::support::{Place, until};
 
 /// The number in `name[0]<tab>0x...`.
 fn number(text: &str, name: &str) -> u64 {
@@ -31,7 +31,7 @@ fn registers_are_shown_before_during_and_after() {
         let text = place.ok("vmmctl --vm=guest0 --cpu=0 --get-rip --get-rbx");
         (number(&text, "rip"), number(&text, "rbx"))
     };
-    while running().1 == 0 {}
+    until("it runs", || running().1 != 0);
     for _ in 0..5 {
         // Between two instructions, never within an access.
         let (rip, rbx) = running();

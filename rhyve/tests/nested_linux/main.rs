@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::sys::signal::Signal;
 use vmm_api::state::{Phase, StopReason};
 
-use support::{Ended, Place, Process, program};
+use support::{Ended, Place, Process, program, until};
 
 /// A file that guest-image makes.
 fn image(name: &str) -> PathBuf {
@@ -151,16 +151,14 @@ fn vmlinux_on_two_cpus_has_a_second_serial_port_and_reboots() {
     let mut heard = [0; 6];
     line.read_exact(&mut heard).unwrap();
     assert_eq!(&heard, b"hello\n");
-    let read = "read word </dev/ttyS1; echo got $word";
+    // What comes before the port is open is lost, or cut short.
+    let read = "until [ \"$word\" = there ]; do read word; done </dev/ttyS1; echo got $word";
     guest.console.send(read);
-    // What comes before the port is open is lost.
-    while guest
-        .console
-        .find("got there", Duration::from_secs(1))
-        .is_none()
-    {
+    until("a line from ttyS1", || {
         line.write_all(b"there\n").unwrap();
-    }
+        let second = Duration::from_secs(1);
+        guest.console.find("\ngot there", second).is_some()
+    });
     guest.console.expect("# ");
 
     ends(&mut guest, "reboot -f", 0);
@@ -222,7 +220,7 @@ fn five_gib_are_there_and_the_power_button_is_felt() {
     let pressed = "awk '{print $1}' /sys/firmware/acpi/interrupts/ff_pwr_btn";
     assert_eq!(number(&mut guest, pressed), 0);
     guest.signal(Signal::SIGTERM);
-    while number(&mut guest, pressed) == 0 {}
+    until("the button's event", || number(&mut guest, pressed) != 0);
     assert!(guest.is_running());
     guest.signal(Signal::SIGTERM);
     assert_eq!(guest.wait().status, Some(1));

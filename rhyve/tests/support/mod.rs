@@ -33,6 +33,14 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
+/// Waits until something is so, looking again and again.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+    }
+}
+
 /// A directory for VMs and for the files of a test, gone at its end.
 pub struct Place(TempDir);
 
