@@ -80,7 +80,6 @@ impl Test {
             failures: Vec::new(),
             programs: None,
             makefs: None,
-            linux: None,
         };
         for &step in Step::value_variants() {
             if self.steps.is_empty() || self.steps.contains(&step) {
@@ -117,8 +116,6 @@ struct Run {
     programs: Option<Vec<Program>>,
     /// Debian's makefs, for tests of file systems: they find it in $MAKEFS.
     makefs: Option<PathBuf>,
-    /// Where the guest image "linux" is, for tests in the nested lane: $RHYVE_TEST_LINUX.
-    linux: Option<PathBuf>,
 }
 
 impl Run {
@@ -209,8 +206,7 @@ impl Run {
             .arg("--include-ignored")
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package)
-            .envs(self.makefs.iter().map(|makefs| ("MAKEFS", makefs)))
-            .envs(self.linux.iter().map(|linux| ("RHYVE_TEST_LINUX", linux)));
+            .envs(self.makefs.iter().map(|makefs| ("MAKEFS", makefs)));
         command
     }
 

@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod disk;
+mod random;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,0 +1,43 @@
+//! virtio-rnd under Debian's unmodified driver, by each transport and each kind of interrupt.
+
+use super::support::Place;
+use super::{boot, ends, number, shell};
+
+/// Boots Linux with a virtio-rnd device of this transport, has it read random bytes, and returns
+/// its interrupts.
+fn interrupts(transport: &str, cpus: u32, cmdline: &str) -> String {
+    let place = Place::new();
+    let run = format!("-c {cpus} -s 3,virtio-rnd,virtio={transport}");
+    let mut guest = boot(&place, "linux/vmlinux", "-m 256M", cmdline, &run);
+    let current = shell(&mut guest, "cat /sys/class/misc/hw_random/rng_current");
+    assert_eq!(current, "virtio_rng.0", "{transport}");
+    // Random bytes do not become fewer by compression.
+    let compressed = number(&mut guest, "head -c 5000 /dev/hwrng | gzip | wc -c");
+    assert!(compressed >= 5000, "{transport}: {compressed}");
+    let interrupts = shell(&mut guest, "grep virtio0 /proc/interrupts");
+    ends(&mut guest, "reboot -f", 0);
+    interrupts
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn random_bytes_come_by_msix() {
+    for (transport, cpus) in [("legacy", 1), ("modern", 4), ("transitional", 2)] {
+        let shown = interrupts(transport, cpus, "");
+        assert!(shown.contains("virtio0-input"), "{transport}: {shown}");
+    }
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn random_bytes_come_by_intx() {
+    for (transport, cmdline, line) in [
+        ("legacy", "pci=nomsi", "19-fasteoi"),
+        ("modern", "pci=nomsi", "19-fasteoi"),
+        // No tables, so the 8259s and the interrupt line register.
+        ("legacy", "pci=nomsi acpi=off", "XT-PIC"),
+    ] {
+        let shown = interrupts(transport, 1, cmdline);
+        assert!(shown.contains(line), "{transport} {cmdline}: {shown}");
+    }
+}
