@@ -1,12 +1,19 @@
 //! Machines on which there is no KVM to be had, and guests that KVM cannot run.
 
 use std::fs;
+use std::process::Command;
 
 use vmm_api::state::{Phase, StopReason};
 
 use crate::guests::{ENTRY, load_code};
-use crate::memory::{mount, with_own_mounts};
+use crate::memory::with_own_mounts;
 use crate::support::{Place, Process};
+
+/// Runs mount(8), within [`with_own_mounts`].
+fn mount(arguments: &[&str]) {
+    let status = Command::new("mount").args(arguments).status().unwrap();
+    assert!(status.success(), "mount {arguments:?}: {status}");
+}
 
 #[test]
 fn without_kvm_it_is_said_why() {
@@ -31,7 +38,7 @@ fn without_kvm_it_is_said_why() {
         fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         mount(&["--bind", closed.to_str().unwrap(), "/dev/kvm"]);
         let rhyve = place.command("rhyve guest0");
-        let mut command = std::process::Command::new("setpriv");
+        let mut command = Command::new("setpriv");
         command.args(["--inh-caps=-dac_override", "--bounding-set=-dac_override"]);
         command
             .args(rhyve.get_args())

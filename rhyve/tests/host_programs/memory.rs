@@ -6,7 +6,7 @@ use std::process::Command;
 use vmm_api::state::{Phase, StopReason};
 
 use crate::guests::{ENTRY, ask, start_probe};
-use crate::support::{Place, Process};
+use crate::support::{Place, Process, Tmpfs};
 
 /// Set in the process that [`with_own_mounts`] starts.
 const INSIDE: &str = "RHYVE_TEST_OWN_MOUNTS";
@@ -31,12 +31,6 @@ pub fn with_own_mounts(name: &str, test: impl FnOnce()) {
     assert!(passed, "{}\n{}", ended.output, ended.errors);
 }
 
-/// Runs mount(8), within [`with_own_mounts`].
-pub fn mount(arguments: &[&str]) {
-    let status = Command::new("mount").args(arguments).status().unwrap();
-    assert!(status.success(), "mount {arguments:?}: {status}");
-}
-
 #[test]
 fn a_full_file_system_stops_the_guest_and_leaves_its_object_whole() {
     with_own_mounts(
@@ -44,15 +38,7 @@ fn a_full_file_system_stops_the_guest_and_leaves_its_object_whole() {
         || {
             let outer = Place::new();
             let small = outer.path("small");
-            std::fs::create_dir(&small).unwrap();
-            mount(&[
-                "-t",
-                "tmpfs",
-                "-o",
-                "size=66m",
-                "none",
-                small.to_str().unwrap(),
-            ]);
+            let _mounted = Tmpfs::mount(&small, "66m");
             let place = Place::below(&small);
             let (mut guest, _) = start_probe(&place, "-c 2");
             // Something else takes the room that the guest was promised.

@@ -1,10 +1,10 @@
 //! virtio-blk under Debian's unmodified driver.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::support::Place;
+use super::support::{Place, Tmpfs};
 use super::{boot, ends, shell};
 
 const SIZE: u64 = 64 << 20;
@@ -73,27 +73,13 @@ fn a_snapshot_is_forgotten_and_a_read_only_disk_refuses() {
     assert_eq!(sum(&disk), before);
 }
 
-/// A small tmpfs.
-struct Small(PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 #[ignore = "nested lane"]
 fn a_full_host_is_the_guests_io_error_and_passes() {
     let place = Place::new();
-    let small = Small(place.path("small"));
-    fs::create_dir(&small.0).unwrap();
-    let mut mount = Command::new("mount");
-    mount
-        .args(["-t", "tmpfs", "-o", "size=16m", "none"])
-        .arg(&small.0);
-    assert!(mount.status().unwrap().success());
-    let disk = small.0.join("disk.img");
+    let small = place.path("small");
+    let _mounted = Tmpfs::mount(&small, "16m");
+    let disk = small.join("disk.img");
     File::create(&disk).unwrap().set_len(SIZE).unwrap();
     let run = format!("-s 2,virtio-blk,{}", disk.display());
     let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);

@@ -10,14 +10,13 @@ mod support;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
 use vmm_api::state::{Phase, StopReason};
 
-use support::{Ended, Place, Process, program, until};
+use support::{Ended, Place, Process, Tmpfs, program, until};
 
 /// A file that guest-image makes.
 fn image(name: &str) -> PathBuf {
@@ -187,31 +186,14 @@ fn pvh_on_eight_cpus_knows_how_they_are_arranged_and_halts() {
     assert_eq!(reason(&place), StopReason::Halt);
 }
 
-/// A tmpfs that promises more than the lane's memory, as is well as long as nobody fills it.
-struct Large(PathBuf);
-
-impl Large {
-    fn mount(at: &Path) -> Self {
-        std::fs::create_dir(at).unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=8g", "none"]);
-        assert!(mount.arg(at).status().unwrap().success());
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Large {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 #[ignore = "nested lane"]
 fn five_gib_are_there_and_the_power_button_is_felt() {
     let outer = Place::new();
-    let large = Large::mount(&outer.path("large"));
-    let place = Place::below(&large.0);
+    // More than the lane's memory, as is well as long as nobody fills it.
+    let large = outer.path("large");
+    let _mounted = Tmpfs::mount(&large, "8g");
+    let place = Place::below(&large);
     let mut guest = boot(&place, "linux/vmlinuz", "-m 5G", "", "-c 2");
     let memory = free(&mut guest);
     assert!((4850..5120).contains(&memory), "{memory} MiB");

@@ -100,6 +100,26 @@ impl Place {
     }
 }
 
+/// A tmpfs, gone at the end. It takes no memory until it is filled.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Mounts it at a new directory; `size` is as mount(8) has it. That takes root.
+    pub fn mount(at: &Path, size: &str) -> Self {
+        std::fs::create_dir(at).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"]);
+        assert!(mount.arg(at).status().unwrap().success());
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
 /// How a process ended.
 #[derive(Debug)]
 pub struct Ended {
