@@ -74,7 +74,7 @@ impl Boot {
 
         let xtask = env::current_exe()?;
         let mut nested = Command::new(&xtask);
-        nested.args(["nested", "--timeout", &(120 + 60 * self.runs).to_string()]);
+        nested.args(["nested", "--timeout", &(300 + 120 * self.runs).to_string()]);
         nested.arg("--").arg(&xtask).args(["bench", "in-lane"]);
         nested.args(["--runs", &self.runs.to_string()]);
         nested.arg("--programs").arg(&programs);
@@ -124,7 +124,7 @@ impl Report {
         for (name, boot) in [
             ("boot: rhyveload + rhyve", &boots.rhyve),
             ("boot: QEMU -M pc", pc),
-            ("boot: QEMU -M microvm", &boots.qemu_microvm),
+            ("boot: QEMU -M microvm,rtc=on", &boots.qemu_microvm),
         ] {
             let ratio = boot.seconds.median / pc.seconds.median;
             row(name, &boot.seconds, "s", Some(ratio));
@@ -133,7 +133,10 @@ impl Report {
         for (name, boot) in [
             ("resident beyond RAM: rhyve", &boots.rhyve),
             ("resident beyond RAM: QEMU -M pc", pc),
-            ("resident beyond RAM: QEMU -M microvm", &boots.qemu_microvm),
+            (
+                "resident beyond RAM: QEMU -M microvm,rtc=on",
+                &boots.qemu_microvm,
+            ),
         ] {
             let ratio = boot.resident_mib.median / pc.resident_mib.median;
             row(name, &boot.resident_mib, "MiB", Some(ratio));
