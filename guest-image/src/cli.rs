@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 
 /// Makes a guest image and prints the path of every file made.
 #[derive(Debug, Parser)]
@@ -14,11 +14,38 @@ pub struct Cli {
     /// Directory for Debian's packages, created if missing
     #[arg(long, value_name = "DIR", default_value = "target/guest-image/debian")]
     pub cache: PathBuf,
+    /// What the profile may be told
+    #[command(flatten)]
+    pub options: Options,
     /// Print what was made as one JSON object
     #[arg(long)]
     pub json: bool,
     /// What to make
     pub profile: Profile,
+}
+
+/// Options that only some profiles have.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Options {
+    /// Make a root disk as well (linux): busybox, ssh, fio, iperf3; boot it with root=/dev/vda
+    #[arg(long)]
+    pub disk: bool,
+    /// Directory with FreeBSD's base.txz and kernel.txz, or with a boot/ (freebsd)
+    #[arg(long, value_name = "DIR")]
+    pub dist: Option<PathBuf>,
+    /// Where the guest's console is (freebsd) [default: serial]
+    #[arg(long, value_enum)]
+    pub console: Option<GuestConsole>,
+}
+
+/// Where a FreeBSD guest's console is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum GuestConsole {
+    /// The first serial port: rhyve -l com1,stdio
+    #[default]
+    Serial,
+    /// bhyve's own of 2012: rhyve --era=2012, or -l bvmcons,stdio
+    Bvm,
 }
 
 impl Cli {
@@ -36,11 +63,17 @@ impl Cli {
 pub enum Profile {
     /// Our own freestanding kernel: runs on any KVM
     Probe,
+    /// A kernel of ours that is loaded as FreeBSD's, with modules and a disk
+    FreebsdProbe,
+    /// FreeBSD, of the distribution sets that --dist names, with a UFS2 root disk
+    Freebsd,
     /// Debian's unmodified cloud kernel with a busybox initramfs
     Linux,
+    /// Debian's unmodified ordinary kernel, which has 9p, likewise
+    LinuxFull,
     /// The nested lane's host: QEMU, Debian's ordinary kernel, KVM
     Lane,
-    /// Programs of Debian's that tests compare with: makefs
+    /// Programs of Debian's that tests compare with: makefs, GRUB
     Tools,
 }
 
@@ -50,7 +83,10 @@ impl Profile {
     pub fn name(self) -> &'static str {
         match self {
             Profile::Probe => "probe",
+            Profile::FreebsdProbe => "freebsd-probe",
+            Profile::Freebsd => "freebsd",
             Profile::Linux => "linux",
+            Profile::LinuxFull => "linux-full",
             Profile::Lane => "lane",
             Profile::Tools => "tools",
         }

@@ -12,23 +12,33 @@ pub struct Archive {
     entries: BTreeMap<String, Entry>,
 }
 
+/// A file, directory, link or device.
 #[derive(Clone, Debug)]
-struct Entry {
-    mode: u32,
-    device: (u32, u32),
-    data: Vec<u8>,
+pub(crate) struct Entry {
+    /// Type and permissions, as stat(2) has them.
+    pub mode: u32,
+    /// Major and minor number of a device.
+    pub device: (u32, u32),
+    /// What is in a file, or where a link leads.
+    pub data: Vec<u8>,
 }
 
 // File types in the upper bits of the mode (stat(2)).
-const S_IFLNK: u32 = 0o120_000;
-const S_IFREG: u32 = 0o100_000;
-const S_IFDIR: u32 = 0o040_000;
+pub(crate) const S_IFMT: u32 = 0o170_000;
+pub(crate) const S_IFLNK: u32 = 0o120_000;
+pub(crate) const S_IFREG: u32 = 0o100_000;
+pub(crate) const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
 
 impl Archive {
     /// Adds a directory.
     pub fn dir(&mut self, path: &str) {
         self.add(path, S_IFDIR | 0o755, (0, 0), Vec::new());
+    }
+
+    /// Adds a directory; `mode` holds the permission bits.
+    pub fn dir_with_mode(&mut self, path: &str, mode: u32) {
+        self.add(path, S_IFDIR | mode, (0, 0), Vec::new());
     }
 
     /// Adds a file; `mode` holds the permission bits.
@@ -62,6 +72,13 @@ impl Archive {
         self.entries.keys().map(String::as_str)
     }
 
+    /// The entries, sorted by path.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.entries
+            .iter()
+            .map(|(path, entry)| (path.as_str(), entry))
+    }
+
     /// The archive's bytes.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -82,11 +99,7 @@ impl Archive {
 /// Appends a header of 13 fields of 8 hexadecimal digits, the name with its zero byte and the data,
 /// each padded to 4 bytes.
 fn append(out: &mut Vec<u8>, inode: u32, path: &str, entry: &Entry) {
-    let links = if entry.mode & 0o170_000 == S_IFDIR {
-        2
-    } else {
-        1
-    };
+    let links = if entry.mode & S_IFMT == S_IFDIR { 2 } else { 1 };
     // An archive member is at most 4 GiB - 1; what we pack are programs and modules.
     let size = u32::try_from(entry.data.len()).unwrap_or(u32::MAX);
     let name_size = u32::try_from(path.len() + 1).unwrap_or(u32::MAX);

@@ -210,11 +210,45 @@ impl Debian {
                 what: format!("version {major} or later in {suite}"),
             });
         }
+        let mut apt = self.apt("apt-get");
+        apt.arg("-o").arg(format!("APT::Default-Release={suite}"));
+        self.install(apt, name, &version, &[name])
+    }
+
+    /// The packages `names` with every package they depend on, down to the C library: what a system
+    /// of their own needs. All are unpacked into one tree.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Error`].
+    pub fn system(&mut self, names: &[&str]) -> Result<Package, Error> {
+        let set = names.join("+");
+        if let Some(package) = self.unpacked(&set) {
+            return Ok(package);
+        }
+        let mut versions = Vec::new();
+        for name in names {
+            versions.push(self.candidate(name, &self.codename.clone())?);
+        }
+        let nothing = self.dir.join("apt/nothing");
+        fs::write(&nothing, "").map_err(at(&nothing))?;
+        let mut apt = self.apt("apt-get");
+        apt.arg("-o")
+            .arg(format!("Dir::State::status={}", nothing.display()));
+        self.install(apt, &set, &versions.join("+"), names)
+    }
+
+    /// Downloads what `apt` would install for `names`, and unpacks it into the tree of `name`.
+    fn install(
+        &self,
+        mut apt: Command,
+        name: &str,
+        version: &str,
+        names: &[&str],
+    ) -> Result<Package, Error> {
         self.progress
             .say(&format!("downloading {name} {version} and what it needs"));
         let download = self.scratch()?;
-        let mut apt = self.apt("apt-get");
-        apt.arg("-o").arg(format!("APT::Default-Release={suite}"));
         apt.arg("-o").arg(format!(
             "Dir::Cache::archives={}",
             download.path().display()
@@ -224,11 +258,11 @@ impl Debian {
             "--no-install-recommends",
             "--download-only",
             "install",
-            name,
         ]);
+        apt.args(names);
         fs::create_dir(download.path().join("partial")).map_err(at(download.path()))?;
         capture(apt, "apt-get")?;
-        self.unpack(name, &version, download.path())
+        self.unpack(name, version, download.path())
     }
 
     /// The package `name` if it is unpacked already.

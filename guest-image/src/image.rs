@@ -36,10 +36,20 @@ pub enum Role {
     BzImage,
     /// An initramfs (`rhyveload --initrd`).
     Initrd,
+    /// A module that the loader loads with its kernel.
+    Module,
+    /// A disk's image.
+    Disk,
+    /// What the loader is told.
+    Config,
     /// A QEMU that can run the image.
     Qemu,
     /// NetBSD's makefs, which writes FreeBSD's UFS.
     Makefs,
+    /// The program that puts GRUB together.
+    GrubMkimage,
+    /// GRUB's boot sector, with its modules in the same directory.
+    Grub,
 }
 
 impl Role {
@@ -50,8 +60,13 @@ impl Role {
             Role::Kernel => "kernel",
             Role::BzImage => "bzimage",
             Role::Initrd => "initrd",
+            Role::Module => "module",
+            Role::Disk => "disk",
+            Role::Config => "config",
             Role::Qemu => "qemu",
             Role::Makefs => "makefs",
+            Role::GrubMkimage => "grubmkimage",
+            Role::Grub => "grub",
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! One code, two recipes: [`GUEST`] is the guest that rhyve boots, [`LANE`] the host of the nested
 //! lane, where real KVM runs inside QEMU's software CPU. The initramfs holds busybox, the recipe's
-//! modules in the order in which they load, and its `/init`.
+//! modules in the order in which they load, and its `/init`. A guest may have a [`disk`] as well.
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,6 +12,7 @@ use std::process::Command;
 
 use crate::cpio::Archive;
 use crate::debian::{self, Debian, Package};
+use crate::disk;
 use crate::modules::{self, Modules};
 use crate::{Artifact, Image, Role, vmlinux};
 
@@ -32,6 +33,9 @@ pub enum Error {
         /// What is wrong with it.
         source: vmlinux::Error,
     },
+    /// The disk cannot be made.
+    #[error("disk")]
+    Disk(#[from] disk::Error),
     /// A file cannot be read or written.
     #[error("{path}")]
     Io {
@@ -71,16 +75,42 @@ pub const GUEST: Recipe = Recipe {
     kernel: "linux-image-cloud-amd64",
     modules: &[
         "button",
+        "evdev",
+        "crc32c-intel",
         "virtio_pci",
         "virtio_blk",
         "virtio_net",
         "virtio_console",
         "virtio_rng",
         "virtio_balloon",
+        "vmw_vsock_virtio_transport",
     ],
     init: include_str!("linux/guest-init.sh"),
     qemu: false,
 };
+
+/// A guest for rhyve with Debian's ordinary kernel, which has 9p.
+pub const FULL: Recipe = Recipe {
+    profile: "linux-full",
+    kernel: "linux-image-amd64",
+    modules: &[
+        "button",
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_net",
+        "virtio_console",
+        "virtio_rng",
+        "virtio_balloon",
+        "vmw_vsock_virtio_transport",
+        "9pnet_virtio",
+        "9p",
+    ],
+    init: include_str!("linux/guest-init.sh"),
+    qemu: false,
+};
+
+/// A program for guests that busybox lacks.
+const VSOCK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vsock.elf"));
 
 /// The host of the nested lane: Debian's ordinary kernel (the one for virtual machines has no 9p),
 /// KVM, and the QEMU to run it in.
@@ -95,6 +125,7 @@ pub const LANE: Recipe = Recipe {
         "overlay",
         "kvm-amd",
         "tun",
+        "bridge",
     ],
     init: include_str!("linux/lane-init.sh"),
     qemu: true,
@@ -103,17 +134,18 @@ pub const LANE: Recipe = Recipe {
 /// Debian 12's own QEMU, 7.2, dies when a nested guest resets; 10.0 does not.
 const QEMU_MAJOR: u32 = 10;
 
-/// Makes the image of `recipe` in `out`, with packages from the cache directory `cache`.
+/// Makes the image of `recipe` in `out`, with packages from the cache directory `cache`; with a disk,
+/// if that is wanted.
 ///
 /// # Errors
 ///
 /// See [`Error`].
-pub fn make(recipe: &Recipe, out: &Path, cache: &Path) -> Result<Image, Error> {
+pub fn make(recipe: &Recipe, with_disk: bool, out: &Path, cache: &Path) -> Result<Image, Error> {
     fs::create_dir_all(out).map_err(at(out))?;
     let mut debian = Debian::open(cache)?;
     let kernel = debian.dependency(recipe.kernel, "linux-image-")?;
     let busybox = debian.package("busybox-static")?;
-    let source = format!(
+    let mut source = format!(
         "{} {}, {} {}",
         kernel.name, kernel.version, busybox.name, busybox.version
     );
@@ -150,7 +182,20 @@ pub fn make(recipe: &Recipe, out: &Path, cache: &Path) -> Result<Image, Error> {
     let modules = Modules::list(&module_dir)?.closure(recipe.modules)?;
     let mut archive = Archive::default();
     base(&mut archive, &busybox)?;
+    if with_disk {
+        let path = out.join("disk.img");
+        let made_of = disk::make(&path, &archive, &mut debian)?;
+        source += &format!(", {made_of}");
+        files.push(Artifact {
+            role: Role::Disk,
+            bytes: fs::metadata(&path).map_err(at(&path))?.len(),
+            path,
+        });
+    }
     archive.file("init", 0o755, recipe.init);
+    if !recipe.qemu {
+        archive.file("bin/vsock", 0o755, VSOCK);
+    }
     let mut order = String::new();
     for module in modules {
         order += &format!("{}\n", module.name);
@@ -186,6 +231,9 @@ fn base(archive: &mut Archive, busybox: &Package) -> Result<(), Error> {
     if !archive.paths().any(|path| path == "bin/sh") {
         return Err(busybox.missing("shell").into());
     }
+    archive.file("bin/network", 0o755, include_str!("linux/network.sh"));
+    let event = include_str!("linux/dhcp-event.sh");
+    archive.file("bin/dhcp-event", 0o755, event);
     archive.symlink("sbin", "bin");
     for dir in ["dev", "proc", "root", "run", "sys", "tmp"] {
         archive.dir(dir);

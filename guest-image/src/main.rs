@@ -26,7 +26,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
-    let image = guest_image::make(cli.profile, &cli.out_dir(), &cli.cache)?;
+    let image = guest_image::make(cli.profile, &cli.options, &cli.out_dir(), &cli.cache)?;
     let mut out = io::stdout().lock();
     if cli.json {
         writeln!(out, "{}", serde_json::to_string(&image)?)?;

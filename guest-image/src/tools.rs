@@ -29,19 +29,30 @@ pub enum Error {
 ///
 /// See [`Error`].
 pub fn make(cache: &Path) -> Result<Image, Error> {
-    let package = Debian::open(cache)?.package("makefs")?;
-    let path = package.tree.join("usr/sbin/makefs");
-    let file = path.metadata().map_err(|source| Error::Io {
-        path: path.clone(),
-        source,
-    })?;
+    let mut debian = Debian::open(cache)?;
+    let (mut sources, mut files) = (Vec::new(), Vec::new());
+    for (name, role, file) in [
+        ("makefs", Role::Makefs, "usr/sbin/makefs"),
+        ("grub-common", Role::GrubMkimage, "usr/bin/grub-mkimage"),
+        // Its modules are next to it.
+        ("grub-pc-bin", Role::Grub, "usr/lib/grub/i386-pc/boot.img"),
+    ] {
+        let package = debian.package(name)?;
+        let path = package.tree.join(file);
+        let metadata = path.metadata().map_err(|source| Error::Io {
+            path: path.clone(),
+            source,
+        })?;
+        sources.push(format!("{} {}", package.name, package.version));
+        files.push(Artifact {
+            role,
+            path,
+            bytes: metadata.len(),
+        });
+    }
     Ok(Image {
         profile: "tools",
-        source: format!("{} {}", package.name, package.version),
-        files: vec![Artifact {
-            role: Role::Makefs,
-            path,
-            bytes: file.len(),
-        }],
+        source: sources.join(", "),
+        files,
     })
 }

@@ -73,6 +73,13 @@ pub trait InOut: Send + Sync {
 
     /// Writes `value`, whose bits above `size` are zero.
     fn write(&self, port: u16, size: IoSize, value: u32);
+
+    /// Whether what is behind these ports goes into a suspended machine's state, by a
+    /// [`Lifecycle`](crate::lifecycle::Lifecycle), or has none. A machine with a device that says no
+    /// cannot be suspended.
+    fn saved(&self) -> bool {
+        false
+    }
 }
 
 /// Two claims to the same addresses.
@@ -267,6 +274,13 @@ impl PortBus {
         map.insert(range, name, Arc::new(handler))
     }
 
+    /// A device whose state cannot be saved, if there is one.
+    pub fn unsaved(&self) -> Option<String> {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        let unsaved = map.iter().find(|claim| !claim.value.inout.saved());
+        unsaved.map(|claim| claim.name.clone())
+    }
+
     /// Takes back the claim that starts at `start`; whether there was one. A handler that runs on
     /// another thread at this moment finishes its access.
     pub fn unregister(&self, start: u16) -> bool {
@@ -345,6 +359,22 @@ impl PortBus {
             })
             .chain([stats("unclaimed", 0..=u16::MAX, &self.unclaimed)])
             .collect()
+    }
+
+    /// Counts from 0 again.
+    pub fn reset_stats(&self) {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        let all = map.iter().map(|claim| &claim.value.traffic);
+        for traffic in all.chain([&self.unclaimed]) {
+            traffic.reads.store(0, Relaxed);
+            traffic.writes.store(0, Relaxed);
+        }
+    }
+
+    /// Who answers at a port.
+    pub fn name(&self, port: u16) -> Option<String> {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.find(port.into()).map(|claim| claim.name.clone())
     }
 
     fn handler(&self, port: u16) -> Option<Arc<Handler>> {

@@ -4,6 +4,7 @@
 //! refused with a reason; none is accepted and ignored.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::Parser;
 use vmm_api::cli::{Parsed, UsageError};
@@ -75,6 +76,10 @@ pub struct Cli {
     #[arg(short, value_name = "DEVICE[,CONF]")]
     pub lpc: Vec<String>,
 
+    /// Connect the BVM console to standard input and output, as -l bvmcons,stdio
+    #[arg(short = 'b')]
+    pub bvm_console: bool,
+
     /// Run a vCPU on this host CPU only; repeat it for several
     #[arg(short, value_name = "VCPU:HOSTCPU")]
     pub pin: Vec<String>,
@@ -142,18 +147,25 @@ pub struct Cli {
     #[arg(short = 'W')]
     pub virtio_msi: bool,
 
-    /// Not supported yet: start a debug server
-    #[arg(short = 'G', value_name = "[w][ADDR:]PORT")]
+    /// Let gdb connect there; w: and wait for it before the first instruction
+    ///
+    /// Its threads are the vCPUs. Whoever can connect owns the guest: without an address it is
+    /// this host only.
+    #[arg(short = 'G', value_name = "[w][ADDR:]PORT|[w]unix:PATH")]
     pub debug_server: Option<String>,
 
-    /// Not supported yet: connect the guest's debug port
+    /// Connect the BVM debug port to this TCP port of loopback
+    ///
+    /// gdb connects there and talks to the guest kernel's own stub. 0: no debug port.
     #[arg(short = 'g', value_name = "PORT")]
     pub gdb_port: Option<String>,
 
     /// Which bhyve to look like
     ///
     /// It settles what the flags leave open: 2012 has no ACPI tables unless -A, no I/O APIC in
-    /// the MP table and its ids, and takes -p HOSTCPU for all vCPUs; 2014 wants -A and -x said.
+    /// the MP table and its ids, virtio 0.9.5 with that year's features, the BVM console here and
+    /// a BVM debug port, and takes -p HOSTCPU for all vCPUs; 2014 has virtio 0.9.5, and wants -A
+    /// and -x said.
     #[arg(long, value_enum, default_value_t)]
     pub era: Era,
 
@@ -171,6 +183,14 @@ pub struct Cli {
     #[arg(long, value_name = "FILTER")]
     pub trace: Option<String>,
 
+    /// Write where the boot's time goes to FILE, as JSON, and a flame graph beside it
+    ///
+    /// Until init runs, or the guest ends: how long loading, the firmware tables, the way to the
+    /// first entry into the guest, to the first byte on a console and to init took, and which
+    /// functions the vCPUs were in meanwhile. The flame graph's name ends in .svg.
+    #[arg(long, value_name = "FILE")]
+    pub boot_profile: Option<PathBuf>,
+
     /// The VM to run
     #[arg(value_name = "VM")]
     pub vm: Option<String>,
@@ -179,12 +199,21 @@ pub struct Cli {
 /// What a command line of `rhyve` comes to.
 #[derive(Debug)]
 pub enum Invocation {
-    /// Run a machine, with the tracing filter that was asked for.
-    Run(Box<MachineSpec>, Option<String>),
+    /// Run a machine.
+    Run(Box<MachineSpec>, Extras),
     /// Print this, and be done.
     Print(String),
     /// Everything was said.
     Done,
+}
+
+/// What is to be known of a run; the machine is none the wiser.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// What is logged.
+    pub trace: Option<String>,
+    /// Where the boot's profile goes.
+    pub boot_profile: Option<PathBuf>,
 }
 
 /// Why a command line cannot be followed.
@@ -225,7 +254,11 @@ pub fn parse(
     if cli.lpc.iter().any(|device| device == "help") {
         return Ok(Invocation::Print(lpc_help()));
     }
-    Ok(Invocation::Run(Box::new(cli.machine()?), cli.trace))
+    let extras = Extras {
+        trace: cli.trace.clone(),
+        boot_profile: cli.boot_profile.clone(),
+    };
+    Ok(Invocation::Run(Box::new(cli.machine()?), extras))
 }
 
 impl Cli {
@@ -259,14 +292,17 @@ impl Cli {
                 builder.variable(variable, value).map_err(at(flag))?;
             }
         }
+        if self.bvm_console {
+            builder.bvm_console();
+        }
         type Read = fn(&mut SpecBuilder, &str) -> Result<(), Problem>;
         let values: [(&[String], &str, Read); 10] = [
-            (self.debug_server.as_slice(), "-G ", |b, text| {
-                b.variable("gdb.port", text)
-            }),
-            (self.gdb_port.as_slice(), "-g ", |b, text| {
-                b.variable("gdb.port", text)
-            }),
+            (
+                self.debug_server.as_slice(),
+                "-G ",
+                SpecBuilder::debug_server,
+            ),
+            (self.gdb_port.as_slice(), "-g ", SpecBuilder::bvm_debug),
             (self.cpus.as_slice(), "-c ", SpecBuilder::cpus),
             (self.memory.as_slice(), "-m ", |b, text| {
                 b.variable("memory.size", text)
@@ -318,7 +354,9 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::bvm::DebugPort;
     use crate::config::RtcBase;
+    use crate::console::ConsoleConf;
 
     fn invoke(line: &str) -> Result<Invocation, CliError> {
         parse(std::iter::once("rhyve").chain(line.split_whitespace()))
@@ -385,6 +423,9 @@ mod tests {
             Some(crate::console::ConsoleConf::Pty)
         );
         assert_eq!(machine("-s 31,amd_hostbridge guest0").slots.len(), 2);
+        assert_eq!(machine("-b guest0").bvmcons, Some(ConsoleConf::Stdio));
+        assert_eq!(machine("-g 1234 guest0").bvmdbg, DebugPort::At(1234));
+        assert_eq!(machine("-g 0 --era=2012 guest0").bvmdbg, DebugPort::Absent);
         assert_eq!(machine("--debug-exit guest0").debug_exit, Some(0xf4));
         assert_eq!(machine("--debug-exit=0x501 guest0").debug_exit, Some(0x501));
         let uuid = "6c7bf6a1-2d60-4ac1-a7a4-2b1f5cbf2a3d";
@@ -405,10 +446,10 @@ mod tests {
 
     #[test]
     fn the_trace_filter_is_passed_on() {
-        let Ok(Invocation::Run(_, filter)) = invoke("--trace rhyve::exit=trace guest0") else {
+        let Ok(Invocation::Run(_, extras)) = invoke("--trace rhyve::exit=trace guest0") else {
             panic!("it runs")
         };
-        assert_eq!(filter.as_deref(), Some("rhyve::exit=trace"));
+        assert_eq!(extras.trace.as_deref(), Some("rhyve::exit=trace"));
     }
 
     #[test]
@@ -438,8 +479,9 @@ mod tests {
             "-l bootrom,uefi.fd guest0",
             "--debug-exit=0x3f8 guest0",
             "-U 12 guest0",
-            "-G w1234 guest0",
-            "-g 1234 guest0",
+            "-G wx guest0",
+            "-g 65536 guest0",
+            "-b -l com1,stdio guest0",
             "-W guest0",
             "--era=2013 guest0",
             "-o cpus guest0",

@@ -1,16 +1,19 @@
 //! What `vmmctl` may ask of a running machine: vmm-api's control protocol, answered.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 
 use nix::errno::Errno;
 use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase, Status};
 use vmm_api::exit::ExitKind;
-use vmm_api::inspect::{MachineDetail, MemoryMap, Region, VcpuDetail};
+use vmm_api::inspect::{DeviceDetail, MachineDetail, MemoryMap, Region, VcpuDetail};
 use vmm_api::kvm::{KvmError, KvmVcpu};
+use vmm_api::profile::ExitStats;
 use vmm_api::regs::Registers;
 use vmm_api::state::Activity;
 use vmm_api::stats::{VcpuStats, VmStats};
 
+use crate::config::{PciAddress, SlotError};
 use crate::firmware::{IOAPIC_BASE, LAPIC_BASE};
 use crate::machine::Machine;
 use crate::sequencer::{Cause, pinning};
@@ -43,7 +46,8 @@ impl ControlTarget for Machine {
         let seat = self.seat(vcpu)?;
         let exits = ExitKind::ALL.map(|kind| (kind.name().to_owned(), seat.counters.exits(kind)));
         let guest_ns = seat.counters.guest_ns();
-        let uptime = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let since = self.counting_since();
+        let uptime = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         Ok(VcpuStats {
             exits: BTreeMap::from(exits),
             guest_ns,
@@ -66,11 +70,50 @@ impl ControlTarget for Machine {
         })
     }
 
+    fn exits(&self, vcpu: u32) -> Result<ExitStats, Refusal> {
+        let mut stats = self.ask(vcpu, |kvm| kvm.exits())?;
+        for exit in &mut stats.exits {
+            let place = exit.place.map(|place| place.0);
+            exit.device = place.and_then(|place| match &*exit.reason {
+                "inout" => self.ports.name(u16::try_from(place).ok()?),
+                "mmio" => self.mmio.name(place),
+                _ => None,
+            });
+        }
+        Ok(stats)
+    }
+
+    fn reset_stats(&self) -> Result<(), Refusal> {
+        for vcpu in 0..self.vcpu_count() {
+            self.ask(vcpu, |kvm| kvm.reset_stats())?;
+        }
+        self.ports.reset_stats();
+        self.count_anew();
+        Ok(())
+    }
+
     fn pause(&self) -> Result<(), Refusal> {
         Machine::pause(self)
     }
 
+    fn suspend(&self) -> Result<(), Refusal> {
+        self.suspend_whole()
+    }
+
+    fn settle(&self) -> Result<(), Refusal> {
+        let kept = self.ram.keep();
+        kept.map_err(|error| Refusal::Failed(crate::chain(&error)))
+    }
+
+    fn snapshot(&self, name: &str) -> Result<(), Refusal> {
+        self.snapshot_as(name)
+    }
+
     fn resume(&self) -> Result<(), Refusal> {
+        if self.debugger.is_holding() {
+            let why = "a debugger has stopped it: continue there, or detach";
+            return Err(Refusal::Unsupported(why.into()));
+        }
         Machine::resume(self)
     }
 
@@ -130,6 +173,51 @@ impl ControlTarget for Machine {
         })
     }
 
+    fn devices(&self) -> Result<Vec<DeviceDetail>, Refusal> {
+        let devices = self.functions.iter().map(|function| DeviceDetail {
+            slot: function.address.to_string(),
+            kind: function.kind.to_owned(),
+            ..function
+                .virtio
+                .as_ref()
+                .map(|v| v.inspect())
+                .unwrap_or_default()
+        });
+        Ok(devices.collect())
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
+        let Some(balloon) = &self.balloon else {
+            let why = "the guest has no balloon: run it with -s SLOT,virtio-balloon";
+            return Err(Refusal::Unsupported(why.into()));
+        };
+        balloon.set_target(bytes);
+        Ok(())
+    }
+
+    fn set_link(&self, slot: &str, up: bool) -> Result<(), Refusal> {
+        at(&self.cards, slot, "network card")?.set_link(up);
+        Ok(())
+    }
+
+    fn set_disk(&self, slot: &str, bytes: Option<u64>) -> Result<(), Refusal> {
+        let disk = at(&self.disks, slot, "disk")?;
+        let info = disk.info();
+        let now = info.capacity;
+        let capacity = disk.resize(bytes).map_err(|error| {
+            Refusal::Unsupported(match error.kind() {
+                ErrorKind::InvalidInput => format!(
+                    "a disk only grows, by whole blocks: it has {now} bytes in blocks of {}",
+                    info.logical
+                ),
+                ErrorKind::Unsupported => format!("another size of this disk than {now} bytes"),
+                _ => format!("the disk stays at {now} bytes: {error}"),
+            })
+        })?;
+        tracing::info!(target: "rhyve", slot, capacity, "the disk has another size");
+        Ok(())
+    }
+
     fn pin(&self, vcpu: u32, cpus: &BTreeSet<usize>) -> Result<(), Refusal> {
         let cpus = if cpus.is_empty() {
             pinning::get().map_err(|e| unpinned(vcpu, e))?
@@ -177,6 +265,19 @@ impl ControlTarget for Machine {
 }
 
 /// What KVM itself puts into guest-physical space, where the MPtable and the MADT say it is.
+/// What is in a slot, as `-s` says it, among all of its kind.
+fn at<'a, D>(devices: &'a [(PciAddress, D)], slot: &str, kind: &str) -> Result<&'a D, Refusal> {
+    let address: PciAddress = slot
+        .parse()
+        .map_err(|error: SlotError| Refusal::Unsupported(error.to_string()))?;
+    let mut places = devices.iter();
+    let found = places.find(|(place, _)| *place == address);
+    found.map(|(_, device)| device).ok_or_else(|| {
+        let why = format!("there is no {kind} at {address}: see --get-devices");
+        Refusal::Unsupported(why)
+    })
+}
+
 fn kvm_devices() -> [Region; 2] {
     [
         Region::device("ioapic", IOAPIC_BASE.into(), 0x1000),
@@ -212,7 +313,7 @@ fn kvm_stats(file: Option<&std::fs::File>) -> Vec<vmm_api::stats::Stat> {
         .unwrap_or_default()
 }
 
-fn refusal(error: KvmError) -> Refusal {
+pub(crate) fn refusal(error: KvmError) -> Refusal {
     match error {
         KvmError::Ioctl { action, source } => Refusal::Kvm {
             action: action.into(),

@@ -19,22 +19,29 @@ use crate::cli::Invocation;
 use crate::sequencer::{Cause, EXIT_ERROR};
 
 pub mod block;
+pub mod bootprofile;
 pub mod builder;
 pub mod bus;
+pub mod bvm;
 pub mod cli;
 pub mod config;
 pub mod console;
 mod control;
 mod dump;
 pub mod firmware;
+pub mod gdb;
 pub mod irq;
 pub mod isa;
+pub mod lifecycle;
 pub mod machine;
 pub mod mevent;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod regmap;
+mod report;
 pub mod run;
+pub mod saving;
 pub mod sequencer;
 pub mod suspend;
 #[cfg(test)]
@@ -57,8 +64,9 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 ///
 /// The exit status is bhyve's: 0 reboot, 1 power-off, 2 halt, 3 triple fault, 4 error.
 pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
-    let (spec, trace) = match cli::parse(args) {
-        Ok(Invocation::Run(spec, trace)) => (spec, trace),
+    let args: Vec<_> = args.into_iter().collect();
+    let (spec, extras) = match cli::parse(args.iter().cloned()) {
+        Ok(Invocation::Run(spec, extras)) => (spec, extras),
         Ok(Invocation::Print(text)) => {
             print!("{text}");
             return ExitCode::SUCCESS;
@@ -69,13 +77,14 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             return ExitCode::from(EXIT_ERROR);
         }
     };
-    if let Err(error) = tracing(trace.as_deref()) {
+    if let Err(error) = tracing(extras.trace.as_deref()) {
         eprintln!("rhyve: --trace: {error}");
         return ExitCode::from(EXIT_ERROR);
     }
-    match run::run(&spec) {
+    let name = spec.name.clone();
+    match run::run(*spec, &args, extras.boot_profile.as_deref()) {
         Ok(cause) => {
-            tell(&spec.name, &cause);
+            tell(&name, &cause);
             ExitCode::from(cause.status)
         }
         Err(error) => {

@@ -8,22 +8,41 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 use vmm_api::control::Refusal;
 use vmm_api::kvm::{Counters, Doorbell, GsiRouter, KvmVcpu, KvmVm, MsiMessage, MsiRoute};
-use vmm_api::memory::MemoryLayout;
+use vmm_api::memory::{GuestRam, MemoryLayout};
+use vmm_api::root::Root;
+use vmm_api::state::{RunInfo, VmState};
 use vmm_api::topology::Topology;
 
 use crate::bus::PortBus;
+use crate::config::PciAddress;
+use crate::gdb::Debugger;
 use crate::irq::IrqLine;
 use crate::isa::pm::Pm;
 use crate::isa::rtc::Rtc;
+use crate::mmio::MmioBus;
 use crate::pci::{MsiSink, MsiVector};
+use crate::saving::{SavedMachine, Savers};
 use crate::sequencer::{Ending, Mailbox};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
 use crate::virtio::transport::{BoundDoorbell, Doorbells, VirtioPci};
+
+/// A function on the PCI bus.
+pub struct Function {
+    /// Where.
+    pub address: PciAddress,
+    /// What `-s` calls it.
+    pub kind: &'static str,
+    /// The virtio device it is, which works by itself.
+    pub virtio: Option<Arc<VirtioPci>>,
+}
 
 /// What is kept of a vCPU outside of its own thread.
 pub struct Seat {
@@ -41,6 +60,8 @@ pub struct Machine {
     pub seats: Vec<Seat>,
     /// Who answers at which port.
     pub ports: Arc<PortBus>,
+    /// Who answers where there is no RAM.
+    pub mmio: Arc<MmioBus>,
     /// How it ends.
     pub ending: Arc<Ending>,
     /// Power management: the power button.
@@ -51,8 +72,14 @@ pub struct Machine {
     pub topology: Topology,
     /// How many there could be.
     pub max_vcpus: usize,
-    /// Devices that work by themselves.
-    pub devices: Vec<Arc<VirtioPci>>,
+    /// What is on the PCI bus, by address.
+    pub functions: Vec<Function>,
+    /// Its balloon, if it has one.
+    pub balloon: Option<Arc<Balloon>>,
+    /// Its disks, by address.
+    pub disks: Vec<(PciAddress, Arc<Blk>)>,
+    /// Its network cards, by address.
+    pub cards: Vec<(PciAddress, Arc<Net>)>,
     /// Where RAM lies.
     pub layout: MemoryLayout,
     /// It is locked in the host's memory.
@@ -61,14 +88,42 @@ pub struct Machine {
     pub stats: Option<File>,
     /// When the vCPUs started.
     pub started: Instant,
+    /// When the counting began anew, if it did.
+    pub counting: Mutex<Option<Instant>>,
     /// Held by whoever pauses or resumes.
     pub paused: Mutex<bool>,
+    /// KVM's side of it.
+    pub vm: Arc<KvmVm>,
+    /// Where vCPUs tell that they stopped for a debugger.
+    pub debugger: Arc<Debugger>,
+    /// Whose state is saved.
+    pub savers: Savers,
+    /// How it is run, for whoever runs it again.
+    pub run: RunInfo,
+    /// Its RAM.
+    pub ram: GuestRam,
+    /// Where its object is, and what is stored there beside what runs.
+    pub object: OnceLock<(Root, VmState)>,
+    /// What is to be stored, once it was suspended.
+    pub suspended: Mutex<Option<SavedMachine>>,
 }
 
 impl Machine {
     /// Number of vCPUs.
     pub fn vcpu_count(&self) -> u32 {
         u32::try_from(self.seats.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Since when exits and times are counted.
+    pub fn counting_since(&self) -> Instant {
+        let anew = *self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+        anew.unwrap_or(self.started)
+    }
+
+    /// Says that everything was set to 0.
+    pub fn count_anew(&self) {
+        let mut since = self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = Some(Instant::now());
     }
 
     /// Whether the machine is paused.
@@ -118,15 +173,32 @@ impl Machine {
         Ok(())
     }
 
+    /// Has the vCPUs wait before their first instruction, as if the machine were paused.
+    pub fn hold_before_start(&self) {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        self.seats.iter().for_each(|seat| seat.mailbox.hold());
+        *paused = true;
+    }
+
     /// Lets the vCPUs go on.
     ///
     /// # Errors
     ///
     /// The machine is ending.
     pub fn resume(&self) -> Result<(), Refusal> {
+        self.resume_some(|_| true)
+    }
+
+    /// Lets some vCPUs go on; the machine is not paused any more, but the others still wait.
+    ///
+    /// # Errors
+    ///
+    /// The machine is ending.
+    pub fn resume_some(&self, which: impl Fn(u32) -> bool) -> Result<(), Refusal> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
         self.alive()?;
-        self.seats.iter().for_each(|seat| seat.mailbox.release());
+        let seats = (0..).zip(&self.seats).filter(|(vcpu, _)| which(*vcpu));
+        seats.for_each(|(_, seat)| seat.mailbox.release());
         *paused = false;
         Ok(())
     }
@@ -156,7 +228,8 @@ impl Machine {
 
     /// Stops all devices: nobody but the vCPUs touches guest memory after that.
     pub fn stop_devices(&self) {
-        self.devices.iter().for_each(|device| device.stop());
+        let devices = self.functions.iter().filter_map(|f| f.virtio.as_ref());
+        devices.for_each(|device| device.stop());
     }
 
     /// Presses the guest's power button; false if the guest has not enabled it.

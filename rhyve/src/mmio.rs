@@ -15,6 +15,12 @@ pub trait Mmio: Send + Sync {
 
     /// Writes 1 to 8 bytes at `gpa`, likewise.
     fn write(&self, gpa: u64, data: &[u8]);
+
+    /// Whether what is behind these addresses goes into a suspended machine's state, as
+    /// [`InOut::saved`](crate::bus::InOut::saved).
+    fn saved(&self) -> bool {
+        false
+    }
 }
 
 /// Nobody is at any byte of an access.
@@ -52,6 +58,19 @@ impl MmioBus {
     pub fn unregister(&self, start: u64) -> bool {
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
         map.remove(start).is_some()
+    }
+
+    /// A device whose state cannot be saved, if there is one.
+    pub fn unsaved(&self) -> Option<String> {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        let unsaved = map.iter().find(|claim| !claim.value.saved());
+        unsaved.map(|claim| claim.name.clone())
+    }
+
+    /// Who answers at an address.
+    pub fn name(&self, gpa: u64) -> Option<String> {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.find(gpa).map(|claim| claim.name.clone())
     }
 
     /// Reads; bytes at which nobody is are all ones.

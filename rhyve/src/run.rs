@@ -1,7 +1,9 @@
 //! One machine from its object to its end: open, lock, build, run, capture, store.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,17 +13,24 @@ use nix::unistd::{Pid, gettid};
 use vmm_api::capability;
 use vmm_api::control::Server;
 use vmm_api::kvm::KvmError;
-use vmm_api::memory::{MemSize, MemoryLayout};
+use vmm_api::memory::{GuestRam, MemSize, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::root::Root;
 use vmm_api::state::{Phase, StopReason, VcpuState, VmState};
 use vmm_api::vm::{LockedVm, Vm, VmError};
 
+use crate::bootprofile::{BootProfile, ProfileError};
 use crate::builder::{BuildError, Built, build};
 use crate::config::MachineSpec;
+use crate::console::Attached;
+use crate::gdb::server::GdbServer;
 use crate::machine::Machine;
-use crate::sequencer::{Cause, HaltWatch, Vcpu};
+use crate::report::{self, Death};
+use crate::saving::forget;
+use crate::sequencer::{Cause, HaltWatch, Stall, StallWatch, Vcpu, Watched, cpu_clock};
 use crate::suspend::{SuspendHow, SuspendSink};
+
+mod again;
 
 /// Room in vm.json for a vCPU's registers, MSRs and local APIC, and for its XSAVE area in base64.
 const VCPU_TEXT: u64 = 48 << 10;
@@ -60,6 +69,9 @@ pub enum RunError {
     /// This machine's KVM cannot run it.
     #[error(transparent)]
     Host(#[from] capability::CapabilityError),
+    /// How it was run before cannot be read.
+    #[error("the options that the VM was suspended with are not understood")]
+    Options(#[source] crate::cli::CliError),
     /// A device or a table cannot be made.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -69,6 +81,9 @@ pub enum RunError {
     /// The control socket cannot be served.
     #[error("control socket")]
     Control(#[from] vmm_api::control::ServeError),
+    /// The boot's profile cannot be written.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// A thread, a descriptor or a signal cannot be had.
     #[error("cannot {action}")]
     System {
@@ -88,16 +103,24 @@ fn system(action: &'static str) -> impl Fn(std::io::Error) -> RunError {
 /// # Errors
 ///
 /// It does not start. The object is then as it was.
-pub fn run(spec: &MachineSpec) -> Result<Cause, RunError> {
+pub fn run(
+    spec: MachineSpec,
+    args: &[OsString],
+    boot_profile: Option<&Path>,
+) -> Result<Cause, RunError> {
+    let boot_profile = boot_profile.map(BootProfile::create).transpose()?;
     // Before there is any thread: each inherits the mask, so only the descriptor gets these.
     let signals = block_signals()?;
     let root = Root::open().map_err(VmError::from)?;
     let mut vm = Vm::open(&root, &spec.name)?.lock("rhyve")?;
     let mut state = vm.load_state()?;
+    let (spec, run) = again::options(spec, args, &state)?;
+    let spec = &spec;
     check(spec, &state)?;
     let kvm = capability::open()?;
     let ram = vm.map_memory(&state)?;
-    let built = build(spec, &state, kvm, ram)?;
+    let built = build(spec, &state, kvm, ram, run)?;
+    forget(&mut state);
     state.machine.topology = Some(built.machine.topology);
     vm.reserve(VCPU_TEXT * (1 + u64::from(built.machine.vcpu_count())))?;
 
@@ -107,9 +130,17 @@ pub fn run(spec: &MachineSpec) -> Result<Cause, RunError> {
         detail: None,
     };
     vm.store(&mut state)?;
+    vm.remove_report()?;
     let version = env!("CARGO_PKG_VERSION");
+    let gdb = spec.gdb.as_ref().zip(built.vcpus.first());
+    let gdb = gdb.map(|(gdb, vcpu)| GdbServer::start(gdb, &built.machine, vcpu.ram.clone()));
+    let gdb = gdb.transpose().map_err(system("start the debug server"))?;
+    let template = (root, state.clone());
+    // The first and only time.
+    let _ = built.machine.object.set(template);
     let server = Server::start(&vm, built.machine.clone(), "rhyve", version)?;
-    let cause = see_through(&signals, &mut vm, &mut state, built);
+    let cause = see_through(&signals, &mut vm, &mut state, built, boot_profile);
+    drop(gdb);
     server.stop(&vm)?;
     let cause = cause?;
     if spec.destroy_on_poweroff && cause.reason == StopReason::PowerOff {
@@ -141,6 +172,10 @@ fn block_signals() -> Result<SignalFd, RunError> {
     // An image that reaches RLIMIT_FSIZE is an error of the guest's write (EFBIG), not our end.
     let mut blocked = set;
     blocked.add(Signal::SIGXFSZ);
+    // A terminal's new size is told to guests that have a console for it.
+    let mut set = set;
+    set.add(Signal::SIGWINCH);
+    blocked.add(Signal::SIGWINCH);
     blocked
         .thread_block()
         .map_err(|e| system("block signals")(e.into()))?;
@@ -154,20 +189,75 @@ fn see_through(
     vm: &mut LockedVm,
     state: &mut VmState,
     built: Built,
+    boot_profile: Option<BootProfile>,
 ) -> Result<Cause, RunError> {
     let Built {
         machine,
         vcpus,
         consoles,
+        sockets,
         mevent,
     } = built;
+    let ram = vcpus.first().map(|vcpu| vcpu.ram.clone());
     let threads = start(vcpus)?;
+    let profiler = match boot_profile.zip(ram.clone()) {
+        Some((profile, ram)) => {
+            let kernel = state
+                .machine
+                .boot
+                .as_ref()
+                .map(|boot| boot.kernel.clone().into());
+            let (name, load_us) = (vm.name().as_str(), state.machine.load_us);
+            let started = profile.start(name, load_us, kernel, machine.clone(), ram);
+            Some(started.map_err(system("start the boot profile's thread"))?)
+        }
+        None => None,
+    };
     let seats = machine.seats.iter().map(|seat| seat.mailbox.clone());
     let mut halt = HaltWatch::new(seats.zip(threads.iter().map(|t| t.tid)));
-    let cause = wait(signals, &machine, &mut halt)?;
-    capture(&machine, state);
-    machine.stop_devices();
-    state.phase = cause.phase();
+    let seats = machine.seats.iter().zip(&threads);
+    let mut stalls = Stalls {
+        watch: Some(StallWatch::new(seats.map(|(seat, thread)| Watched {
+            mailbox: seat.mailbox.clone(),
+            counters: seat.counters.clone(),
+            clock: cpu_clock(thread.tid),
+        }))),
+        death: None,
+        tries: 3,
+        ram: ram.clone(),
+    };
+    let cause = wait(signals, &machine, &consoles, &mut halt, |machine| {
+        stalls.look(vm, state, machine);
+    })?;
+    if let Some(profiler) = profiler {
+        profiler.finish();
+    }
+    let suspended = machine.suspended.lock();
+    let suspended = suspended.unwrap_or_else(PoisonError::into_inner).take();
+    match suspended.filter(|_| cause == Cause::suspended()) {
+        Some(saved) => {
+            machine.rtc.save().store(state);
+            saved.store(state);
+            machine.stop_devices();
+        }
+        None => {
+            capture(&machine, state);
+            machine.stop_devices();
+            if let Some(ram) = &ram {
+                report::at_end(vm, state, &cause, ram);
+            }
+            state.phase = cause.phase();
+        }
+    }
+    // Nobody writes to memory any more. What a clone has written is nowhere else.
+    let cause = match machine.ram.keep() {
+        Ok(()) => cause,
+        Err(error) => {
+            let cause = Cause::error(crate::chain(&error));
+            state.phase = cause.phase();
+            cause
+        }
+    };
     // The last store: it uses up the room that was set aside, and leaves none for another.
     vm.reserve(0)?;
     vm.store(state)?;
@@ -178,9 +268,47 @@ fn see_through(
         }
     }
     // Consoles write out what is pending and restore the terminal.
-    drop(consoles);
+    drop((consoles, sockets));
     mevent.stop();
     Ok(cause)
+}
+
+/// Reports once of a machine that makes no progress.
+struct Stalls {
+    watch: Option<StallWatch>,
+    death: Option<Death>,
+    /// How often its place is still looked for: a kernel may be at its very start.
+    tries: u32,
+    ram: Option<GuestRam>,
+}
+
+impl Stalls {
+    fn look(&mut self, vm: &LockedVm, state: &VmState, machine: &Machine) {
+        let (Some(watch), Some(ram)) = (&mut self.watch, &self.ram) else {
+            return;
+        };
+        let why = match watch.look(HaltWatch::PERIOD) {
+            Some(Stall::Dark(vcpu)) => {
+                format!("makes no progress: vCPU {vcpu} runs with interrupts off, on and on")
+            }
+            Some(Stall::Busy) => {
+                if self.death.is_none() && self.tries > 0 {
+                    self.tries -= 1;
+                    let registers = machine.ask(0, |kvm| kvm.registers());
+                    let registers = registers.ok().and_then(Result::ok);
+                    self.death = registers.and_then(|r| Death::find(ram, &[r]));
+                }
+                if self.death.as_ref().is_none_or(|death| !death.is(ram)) {
+                    return;
+                }
+                "makes no progress: its kernel has panicked".to_owned()
+            }
+            None => return,
+        };
+        report::of_stall(vm, state, machine, &why, ram);
+        // Once is enough.
+        self.watch = None;
+    }
 }
 
 struct Thread {
@@ -212,7 +340,9 @@ fn start(vcpus: Vec<Vcpu>) -> Result<Vec<Thread>, RunError> {
 fn wait(
     signals: &SignalFd,
     machine: &Arc<Machine>,
+    consoles: &[Attached],
     halt: &mut HaltWatch,
+    mut look: impl FnMut(&Machine),
 ) -> Result<Cause, RunError> {
     let period = u16::try_from(HaltWatch::PERIOD.as_millis()).unwrap_or(u16::MAX);
     let mut asked = false;
@@ -225,13 +355,17 @@ fn wait(
             PollFd::new(machine.ending.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut fds, PollTimeout::from(period)) {
-            Ok(0) if !machine.is_paused() && halt.halted() => {
-                machine.ending.suspend(SuspendHow::Halt);
-            }
+            Ok(0) if machine.is_paused() => {}
+            Ok(0) if halt.halted() => machine.ending.suspend(SuspendHow::Halt),
+            Ok(0) => look(machine),
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(system("wait for the guest's end")(e.into())),
         }
         while let Ok(Some(signal)) = signals.read_signal() {
+            if signal.ssi_signo == Signal::SIGWINCH as u32 {
+                consoles.iter().for_each(Attached::resized);
+                continue;
+            }
             let terminate = signal.ssi_signo == Signal::SIGTERM as u32;
             if terminate && !asked && machine.press_power_button() {
                 asked = true;

@@ -6,16 +6,17 @@ use std::path::PathBuf;
 
 use vmm_api::state::BootInfo;
 
-use crate::freebsd::config::Config;
+use crate::freebsd::Via;
 use crate::freebsd::console::Console;
 use crate::freebsd::env::Environment;
 use crate::freebsd::loader::{Loader, LoaderError, Outcome};
+use crate::freebsd::session::End;
 use crate::load::{CopyJob, Filling, Job, LoadError, Loaded, Module};
 use crate::plan::Protocol;
 use crate::progress::Progress;
+use crate::source::devices::Devices;
 use crate::source::dir::HostDir;
-use crate::source::disk::{DISKS_MAX, DiskError, volumes};
-use crate::source::{BootFs, FileKind};
+use crate::source::disk::{DISKS_MAX, Disk, DiskError};
 
 /// What to boot from.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +25,8 @@ pub struct BootJob {
     pub directory: Option<PathBuf>,
     /// Disk images, in order; they come before the directory.
     pub disks: Vec<PathBuf>,
+    /// How the kernel is entered.
+    pub via: Via,
 }
 
 /// Why nothing can be booted.
@@ -46,37 +49,29 @@ pub enum BootError {
     /// Neither a directory nor a disk.
     #[error("nothing to boot from: give a directory by -h, or a disk by -d")]
     Nothing,
+    /// The user had enough.
+    #[error("nothing was loaded: quit at the loader's prompt")]
+    Quit,
     /// The loader.
     #[error(transparent)]
     Loader(#[from] LoaderError),
 }
 
-/// A file system to boot from, and its name as FreeBSD's loader has it.
-#[derive(Debug)]
-struct Device {
-    name: String,
-    fs: Box<dyn BootFs>,
-}
-
 impl BootJob {
-    /// Finds the file system to boot from: the first one with a `/boot`, or else the first one.
-    fn device(&self) -> Result<Device, BootError> {
+    /// Opens all there is, and finds what to boot from: the first file system with a `/boot`, or
+    /// else the first one.
+    fn devices(&self) -> Result<Devices, BootError> {
         if self.disks.len() > DISKS_MAX {
             return Err(BootError::Disks(self.disks.len()));
         }
-        let mut devices = Vec::new();
+        let mut devices = Devices::default();
         let mut empty = None;
         for (unit, path) in self.disks.iter().enumerate() {
-            match volumes(path, unit) {
-                Ok(found) => devices.extend(found.into_iter().map(|volume| Device {
-                    name: volume.name,
-                    fs: volume.fs,
-                })),
-                // There may be disks for other purposes among them.
-                Err(error @ DiskError::NoFileSystem { .. }) => {
-                    empty.get_or_insert(error);
-                }
-                Err(error) => return Err(error.into()),
+            let disk = Disk::open(path, unit)?;
+            // There may be disks for other purposes among them.
+            let error = disk.without_file_system();
+            if !devices.add_disk(disk) {
+                empty.get_or_insert(error);
             }
         }
         if let Some(path) = &self.directory {
@@ -84,67 +79,68 @@ impl BootJob {
                 path: path.clone(),
                 source,
             })?;
-            devices.push(Device {
-                name: "host0:".to_owned(),
-                fs: Box::new(fs),
-            });
+            devices.add_directory(path, Box::new(fs));
         }
-        let has_boot = |device: &Device| {
-            let stat = device.fs.stat("/boot");
-            stat.is_ok_and(|stat| stat.kind == FileKind::Directory)
-        };
-        let index = devices.iter().position(has_boot).unwrap_or(0);
+        devices.choose();
         match (devices.is_empty(), empty) {
-            (false, _) => Ok(devices.swap_remove(index)),
+            (false, _) => Ok(devices),
             (true, Some(error)) => Err(error.into()),
             (true, None) => Err(BootError::Nothing),
         }
     }
 
-    /// Reads the configuration and lays everything out.
+    /// Reads the configuration, asks the user if there is one, and lays everything out.
     pub(crate) fn plan(
         &self,
         job: &Job,
         console: &mut Console<'_>,
         progress: &mut Progress,
     ) -> Result<(Filling, Loaded), LoadError> {
-        let device = self.device()?;
-        console.say("Consoles: userboot");
-        console.say("");
-        let version = env!("CARGO_PKG_VERSION");
-        console.say(&format!("FreeBSD/amd64 User boot, rhyveload {version}"));
-        let mut env = Environment::new(&job.env);
-        // bhyveload's own, and userboot's.
-        for (name, value) in [
-            ("LINES", "24"),
-            ("smbios.bios.vendor", "BHYVE"),
-            ("boot_serial", "1"),
-            ("console", "userboot"),
-            ("interpret", "OK"),
-        ] {
-            env.set(name, value);
+        loop {
+            let mut devices = self.devices()?;
+            console.say("Consoles: userboot");
+            console.say("");
+            let version = env!("CARGO_PKG_VERSION");
+            console.say(&format!("FreeBSD/amd64 User boot, rhyveload {version}"));
+            let env = environment(job, devices.current());
+            let layout = job.memory.layout;
+            let mut loader = Loader::new(&mut devices, layout, self.via, env, console, progress)
+                .map_err(BootError::from)?;
+            match loader.session().map_err(BootError::from)? {
+                End::Boot => {}
+                End::Reboot => continue,
+                End::Quit => return Err(BootError::Quit.into()),
+            }
+            let loaded = loader.finish().map_err(BootError::from)?;
+            progress.restart();
+            return Ok(outcome(job, self.via.protocol(), devices.current(), loaded));
         }
-        env.force("currdev", &device.name);
-        env.force("loaddev", &device.name);
-        let config = Config::read(&*device.fs, env, console);
-        let layout = job.memory.layout;
-        let env = config.env.clone();
-        let loaded = Loader::new(&*device.fs, layout, env, console, progress)
-            .and_then(|mut loader| {
-                loader.load_kernel()?;
-                loader.load_modules(&config);
-                loader.finish()
-            })
-            .map_err(BootError::from)?;
-        Ok(outcome(job, &device.name, loaded))
     }
 }
 
-fn outcome(job: &Job, device: &str, outcome: Outcome) -> (Filling, Loaded) {
+/// The variables of the command line, bhyveload's own, and userboot's.
+fn environment(job: &Job, device: &str) -> Environment {
+    let mut env = Environment::new(&job.env);
+    for (name, value) in [
+        ("LINES", "24"),
+        ("smbios.bios.vendor", "BHYVE"),
+        ("boot_serial", "1"),
+        ("console", "userboot"),
+        ("interpret", "OK"),
+        ("prompt", "${interpret}"),
+    ] {
+        env.set(name, value);
+    }
+    env.force("currdev", device);
+    env.force("loaddev", device);
+    env
+}
+
+fn outcome(job: &Job, protocol: Protocol, device: &str, outcome: Outcome) -> (Filling, Loaded) {
     let mut loaded = Loaded {
         vm: job.name.clone(),
         kernel: String::new(),
-        protocol: Protocol::Freebsd,
+        protocol,
         summary: String::new(),
         entry: outcome.registers.rip,
         segments: Vec::new(),
@@ -180,7 +176,7 @@ fn outcome(job: &Job, device: &str, outcome: Outcome) -> (Filling, Loaded) {
         registers: outcome.registers,
         boot: BootInfo {
             kernel: format!("{device}{}", loaded.kernel),
-            protocol: Protocol::Freebsd.to_string(),
+            protocol: protocol.to_string(),
             cmdline: None,
         },
     };

@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, ArgGroup, Parser};
+use clap::error::ErrorKind;
+use clap::{ArgAction, ArgGroup, CommandFactory, Parser};
 use vmm_api::memory::{MemSize, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::vm::MemorySetup;
 
 use crate::boot::BootJob;
+use crate::freebsd::Via;
 use crate::freebsd::env::EnvVar;
 use crate::load::{From, Job, KernelJob, Loaded};
 use crate::plan::Boot;
@@ -17,7 +19,8 @@ Examples:
   rhyveload -m 768M -h /usr/guest guest0
       Boots FreeBSD from /usr/guest/boot: kernel, modules and variables as loader.conf says.
   rhyveload -m 1G -d freebsd.img -e boot_verbose=YES guest0
-      The same from a disk image (GPT, MBR or bare; UFS, ext2/3/4), with a variable.
+      The same from a disk image (raw or qcow2; GPT, MBR or bare; UFS, ext2/3/4 or FAT), with a
+      variable.
   rhyveload -m 512M --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' guest0
       Loads Linux into guest0, made if it is not there, with 512 MiB of memory.
   rhyveload --boot pvh --kernel vmlinux guest0
@@ -26,6 +29,9 @@ Examples:
       Loads a FreeBSD kernel or a plain static ELF64 file into guest0, with 256 MiB.
   rhyveload -m 768 -M 2048 -e boot_verbose=YES --kernel kernel guest0
       768 MiB of lowmem, 2 GiB of highmem from 4 GiB on, and a kernel variable.
+
+On a terminal, -h and -d show FreeBSD's boot menu and count down before they boot; Escape leads
+to a prompt, whose 'help' lists its commands. Set autoboot_delay=-1 to be asked nothing.
 
 A VM that exists is loaded anew; one that runs is refused. Then run it with rhyve, look into it
 with vmmctl --vm=NAME --get-all, and remove it with vmmctl --vm=NAME --destroy.
@@ -51,6 +57,11 @@ pub struct Cli {
         conflicts_with = "kernel"
     )]
     pub host: Option<PathBuf>,
+
+    /// The terminal for FreeBSD's boot menu and prompt: stdio, a device (/dev/pts/3), or pty, a new
+    /// pseudo-terminal, whose path is printed and which is waited for until somebody opens it.
+    #[arg(short = 'c', value_name = "CONSOLE", default_value = "stdio")]
+    pub console: PathBuf,
 
     /// Boot FreeBSD from this disk image; up to 32, the first with a /boot is taken.
     #[arg(
@@ -93,14 +104,8 @@ pub struct Cli {
     #[arg(long, value_name = "TEXT", requires = "kernel", conflicts_with_all = ["host", "disks"])]
     pub cmdline: Option<String>,
 
-    /// How the kernel is entered.
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        value_name = "PROTOCOL",
-        conflicts_with_all = ["host", "disks"]
-    )]
+    /// How the kernel is entered; from -h and -d, auto or freebsd is FreeBSD's own way, pvh the other.
+    #[arg(long, value_enum, default_value_t, value_name = "PROTOCOL")]
     pub boot: Boot,
 
     /// Print one JSON object instead of lines.
@@ -124,9 +129,41 @@ pub struct Cli {
     pub name: VmName,
 }
 
+/// A terminal for FreeBSD's boot menu and prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum On {
+    /// Standard input and output.
+    Stdio,
+    /// A new pseudo-terminal.
+    Pty,
+    /// A terminal device.
+    Device(PathBuf),
+}
+
 impl Cli {
+    /// What the menu and the prompt are on.
+    pub fn on(&self) -> On {
+        match self.console.to_str() {
+            Some("stdio") => On::Stdio,
+            Some("pty") => On::Pty,
+            _ => On::Device(self.console.clone()),
+        }
+    }
+
     /// The job that these options describe.
-    pub fn job(self) -> Job {
+    ///
+    /// # Errors
+    ///
+    /// Options that do not go together, as clap says it.
+    pub fn job(self) -> Result<Job, clap::Error> {
+        let via = match (&self.kernel, self.boot) {
+            (Some(_), _) | (None, Boot::Auto | Boot::Freebsd) => Via::LongMode,
+            (None, Boot::Pvh) => Via::Pvh,
+            (None, Boot::Linux64 | Boot::Plain) => {
+                let text = "-h and -d load FreeBSD: --boot is auto, freebsd or pvh with them";
+                return Err(Self::command().error(ErrorKind::ArgumentConflict, text));
+            }
+        };
         let layout = match self.highmem {
             None => MemoryLayout::split(self.memory),
             Some(highmem) => MemoryLayout {
@@ -134,7 +171,7 @@ impl Cli {
                 highmem: highmem.0,
             },
         };
-        Job {
+        Ok(Job {
             name: self.name,
             memory: MemorySetup {
                 layout,
@@ -152,9 +189,10 @@ impl Cli {
                 None => From::Boot(BootJob {
                     directory: self.host,
                     disks: self.disks,
+                    via,
                 }),
             },
-        }
+        })
     }
 }
 

@@ -7,9 +7,6 @@
 
 use vmm_api::memory::{GuestRam, MemoryError};
 
-use crate::progress::Progress;
-use crate::source::Source;
-
 /// Fits in a second-level cache, so that what was read is still there when it is written.
 const CHUNK: usize = 256 << 10;
 
@@ -35,18 +32,18 @@ pub enum CopyError {
     Write(#[from] MemoryError),
 }
 
-/// Copies `len` bytes at `offset` of `from` to the guest-physical address `gpa`, where memory was
-/// never written before.
+/// Copies `len` bytes at `offset`, where `read` gets them, to the guest-physical address `gpa`, where
+/// memory was never written before. `step` is told how many bytes each step has copied.
 ///
 /// # Errors
 ///
 /// The file cannot be read, or the file system that holds guest memory is full.
 pub fn copy(
-    from: &(impl Source + ?Sized),
+    read: impl Fn(u64, &mut [u8]) -> std::io::Result<()>,
     (offset, len): (u64, u64),
     ram: &GuestRam,
     gpa: u64,
-    progress: &mut Progress,
+    mut step: impl FnMut(u64),
 ) -> Result<(), CopyError> {
     let mut buffer = vec![0; usize::try_from(len).map_or(CHUNK, |len| len.min(CHUNK))];
     let mut done = 0;
@@ -56,14 +53,14 @@ pub fn copy(
         let room = CHUNK - (gpa + done) as usize % PAGE;
         let chunk = &mut buffer[..left.min(room)];
         let at = offset + done;
-        from.read(at, chunk).map_err(|source| CopyError::Read {
+        read(at, chunk).map_err(|source| CopyError::Read {
             offset: at,
             len: chunk.len(),
             source,
         })?;
         write_pages(chunk, ram, gpa + done)?;
         done += chunk.len() as u64;
-        progress.step("copying", done, len);
+        step(chunk.len() as u64);
     }
     Ok(())
 }
@@ -95,6 +92,7 @@ mod tests {
     use vmm_api::memory::{MemFile, MemoryLayout};
 
     use super::*;
+    use crate::source::Source;
 
     #[test]
     fn zeros_are_left_out_and_all_else_arrives() {
@@ -113,14 +111,13 @@ mod tests {
         from[2048 + 8192..2048 + 8200].fill(3);
         from[(1 << 20) - 1] = 4;
         let gpa = 0x10_0800;
-        copy(
-            &from[..],
-            (0, from.len() as u64),
-            &ram,
-            gpa,
-            &mut Progress::hidden(),
-        )
+        let read = |offset, bytes: &mut [u8]| from.read(offset, bytes);
+        let mut told = 0;
+        copy(read, (0, from.len() as u64), &ram, gpa, |copied| {
+            told += copied
+        })
         .unwrap();
+        assert_eq!(told, from.len() as u64);
         let mut found = vec![9; from.len()];
         mem.read(gpa, &mut found).unwrap();
         assert_eq!(found, from);

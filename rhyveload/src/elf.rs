@@ -22,6 +22,9 @@ pub const HEAD: usize = 64 << 10;
 /// OSABI of FreeBSD.
 pub const OSABI_FREEBSD: u8 = 9;
 
+/// The interpreter that FreeBSD's kernels name, which is no file (sys/conf/kern.pre.mk).
+const RED_HERRING: &[u8] = b"/red/herring\0";
+
 /// Xen's PHYS32_ENTRY note (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
@@ -155,6 +158,23 @@ impl Elf {
     ///
     /// Not an ELF kernel for this machine, or its headers lie.
     pub fn parse(head: &[u8], image: &(impl Source + ?Sized)) -> Result<Self, ElfError> {
+        Self::parse_type(head, image, ET_EXEC)
+    }
+
+    /// The same for a shared object.
+    ///
+    /// # Errors
+    ///
+    /// Not an ELF file of that type for this machine, or its headers lie.
+    pub fn parse_shared(head: &[u8], image: &(impl Source + ?Sized)) -> Result<Self, ElfError> {
+        Self::parse_type(head, image, ET_DYN)
+    }
+
+    fn parse_type(
+        head: &[u8],
+        image: &(impl Source + ?Sized),
+        wanted: object::elf::FileType,
+    ) -> Result<Self, ElfError> {
         // ELFCLASS32, ELFDATA2LSB; e_machine is where it is in a 64-bit header.
         if let [_, _, _, _, 1, 1, ..] = head
             && let Some(&[low, high]) = head.get(18..20)
@@ -167,7 +187,7 @@ impl Elf {
             return Err(ElfError::Machine(header.e_machine(endian).0));
         }
         match header.e_type(endian) {
-            ET_EXEC => {}
+            found if found == wanted => {}
             ET_DYN => return Err(ElfError::Dynamic),
             other => return Err(ElfError::Type(other.0)),
         }
@@ -208,7 +228,9 @@ impl Elf {
                         this.loads.push(load);
                     }
                 }
-                PT_INTERP => return Err(ElfError::Interpreter),
+                PT_INTERP if !is_red_herring(ph, head, image) => {
+                    return Err(ElfError::Interpreter);
+                }
                 PT_DYNAMIC => this.dynamic = this.dynamic.or(Some(ph.p_vaddr(endian))),
                 PT_NOTE if ph.p_filesz(endian) <= NOTES_MAX => {
                     let end = ph.p_offset(endian).saturating_add(ph.p_filesz(endian));
@@ -241,6 +263,24 @@ impl Load {
             size,
         })
     }
+}
+
+/// Whether an interpreter is named for form's sake only. What cannot be read, as it is not yet
+/// decompressed, decides nothing.
+fn is_red_herring(
+    ph: &elf::ProgramHeader64<LittleEndian>,
+    head: &[u8],
+    image: &(impl Source + ?Sized),
+) -> bool {
+    if ph.p_filesz(LittleEndian) != RED_HERRING.len() as u64 {
+        return false;
+    }
+    let mut name = [0; RED_HERRING.len()];
+    let offset = ph.p_offset(LittleEndian);
+    let read = head
+        .read(offset, &mut name)
+        .or_else(|_| image.read(offset, &mut name));
+    read.is_err() || name == RED_HERRING
 }
 
 /// Notes decide nothing unless they are whole: a damaged one is as good as none.

@@ -3,6 +3,7 @@
 //! Only as much is decompressed as the headers say is loaded: debug sections are left out, and a
 //! file that would expand without end is cut short by its own headers or refused by them.
 
+use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use flate2::bufread::MultiGzDecoder;
@@ -178,6 +179,13 @@ impl Source for Image {
         match self {
             Self::File(file) => file.read(offset, bytes),
             Self::Expanded(from) => from.read(offset, bytes),
+        }
+    }
+
+    fn file(&self) -> Option<&File> {
+        match self {
+            Self::File(file) => file.file(),
+            Self::Expanded(_) => None,
         }
     }
 }

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod bulk;
 pub mod cli;
 pub mod copy;
 pub mod elf;
@@ -18,8 +19,10 @@ pub mod linux;
 pub mod load;
 pub mod plan;
 pub mod progress;
+pub mod pty;
 pub mod pvh;
 pub mod source;
 pub mod space;
+pub mod terminal;
 
 pub use plan::plan_kernel;

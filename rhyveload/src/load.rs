@@ -12,6 +12,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use nix::fcntl::OFlag;
 use serde::Serialize;
@@ -24,7 +25,8 @@ use vmm_api::vm::{LockedVm, MemorySetup, Vm, VmError};
 use vmm_api::regs::Registers;
 
 use crate::boot::{BootError, BootJob};
-use crate::copy::{CopyError, copy};
+use crate::bulk::{Job as BulkJob, Room, bring};
+use crate::copy::CopyError;
 use crate::freebsd::console::Console;
 use crate::freebsd::env::EnvVar;
 use crate::image::Image;
@@ -34,6 +36,9 @@ use crate::source::{FileSource, Source};
 
 /// Who holds the lock while a VM is loaded.
 const PROGRAM: &str = "rhyveload";
+
+/// A huge page of x86-64.
+const HUGE: u64 = 2 << 20;
 
 /// A kernel file may have this much more than what it loads: headers, and gaps for alignment.
 const SLACK: u64 = 64 << 20;
@@ -49,6 +54,13 @@ pub struct Job {
     pub env: Vec<EnvVar>,
     /// What to load.
     pub from: From,
+}
+
+impl Job {
+    /// Whether there is something to ask a user.
+    pub fn asks(&self) -> bool {
+        matches!(self.from, From::Boot(_))
+    }
 }
 
 /// Where a guest is loaded from.
@@ -182,6 +194,7 @@ pub fn load(
     console: &mut Console<'_>,
     progress: &mut Progress,
 ) -> Result<Loaded, LoadError> {
+    let began = Instant::now();
     let existing = match Vm::open(root, &job.name).and_then(|vm| vm.lock(PROGRAM)) {
         Ok(vm) => Some(vm),
         Err(VmError::NotFound(_)) => None,
@@ -207,7 +220,7 @@ pub fn load(
         }
         return Err(error.into());
     }
-    if let Err(error) = fill(&mut vm, &memory, filling, progress) {
+    if let Err(error) = fill(&mut vm, &memory, filling, began, progress) {
         abandon(vm, fresh);
         return Err(error);
     }
@@ -358,11 +371,21 @@ pub(crate) struct CopyJob {
     pub segments: Vec<Segment>,
 }
 
+impl CopyJob {
+    fn job(&self) -> BulkJob<'_> {
+        BulkJob {
+            from: &*self.from,
+            segments: &self.segments,
+        }
+    }
+}
+
 /// bhyve's vm_reinit and what follows: memory anew, everything copied, the state stored last.
 fn fill(
     vm: &mut LockedVm,
     memory: &MemorySetup,
     filling: Filling,
+    began: Instant,
     progress: &mut Progress,
 ) -> Result<(), LoadError> {
     // A damaged vm.json does not keep a VM from being loaded again.
@@ -372,21 +395,13 @@ fn fill(
     vm.setup_memory(&mut state, memory)?;
     let ram = vm.map_memory(&state)?;
 
-    prepare(&ram, &filling);
-    for CopyJob {
-        path,
-        from,
-        segments,
-    } in filling.copies
-    {
-        for segment in segments {
-            let range = (segment.offset, segment.filesz);
-            copy(&*from, range, &ram, segment.gpa, progress).map_err(|source| LoadError::Copy {
-                path: path.clone(),
-                source,
-            })?;
+    let jobs: Vec<BulkJob<'_>> = filling.copies.iter().map(CopyJob::job).collect();
+    bring(&jobs, &rooms(&ram, &filling), &ram, progress).map_err(|(job, source)| {
+        LoadError::Copy {
+            path: filling.copies[job].path.clone(),
+            source,
         }
-    }
+    })?;
     for blob in &filling.blobs {
         ram.write(blob.gpa, &blob.bytes)
             .map_err(|source| LoadError::Write(vm.name().clone(), source))?;
@@ -398,34 +413,43 @@ fn fill(
         ..VcpuState::reset()
     }];
     state.machine.boot = Some(filling.boot);
+    state.machine.load_us = u64::try_from(began.elapsed().as_micros()).ok();
     vm.store(&mut state)?;
+    vm.remove_report()?;
     Ok(vm.remove_control()?)
 }
 
-/// Puts huge pages where the guest will use memory densely: what is loaded, what a kernel allocates
-/// behind itself while it boots, and what Linux keeps below the initial RAM disk (64 bytes for each
-/// page, and as much again for all else). Debian's kernel then takes 600 faults to its init instead
-/// of 11700.
-fn prepare(ram: &GuestRam, filling: &Filling) {
-    let end = |segment: &Segment| segment.gpa + segment.memsz;
-    let mut last = 0;
-    for segment in filling.copies.iter().flat_map(|copy| &copy.segments) {
-        ram.prepare(segment.gpa, segment.filesz);
-        if filling.ramdisk.is_none_or(|(gpa, _)| gpa != segment.gpa) {
-            last = last.max(end(segment));
-        }
-    }
+/// Where a guest will use memory densely, beyond what is loaded: what a kernel allocates behind
+/// itself while it boots, what Linux keeps below the initial RAM disk (64 bytes for each page, and as
+/// much again for all else), and the first megabytes. Debian's kernel then takes 30 faults of its own
+/// to its init instead of 11700. A small kernel is left its small pages.
+fn rooms(ram: &GuestRam, filling: &Filling) -> Vec<Room> {
+    let ramdisk = filling.ramdisk.map(|(gpa, _)| gpa);
+    let segments = filling.copies.iter().flat_map(|copy| &copy.segments);
+    let last = segments.filter(|segment| Some(segment.gpa) != ramdisk);
+    let last = last.map(|segment| segment.gpa + segment.memsz).max();
     // The kernel is the first.
     let kernel = filling
         .copies
-        .iter()
-        .take(1)
-        .flat_map(|copy| &copy.segments);
-    ram.prepare(last, kernel.map(|segment| segment.filesz).sum::<u64>() / 2);
-    if let Some((gpa, size)) = filling.ramdisk {
-        let below = (ram.layout().lowmem / 32).min(gpa);
-        ram.prepare(gpa - below, below + size);
+        .first()
+        .map_or(&[][..], |copy| &copy.segments);
+    let size: u64 = kernel.iter().map(|segment| segment.filesz).sum();
+    if size < HUGE {
+        return Vec::new();
     }
+    let mut rooms = vec![Room { gpa: 0, len: HUGE }];
+    rooms.extend(last.map(|gpa| Room {
+        gpa,
+        len: size / 8 * 5,
+    }));
+    rooms.extend(filling.ramdisk.map(|(gpa, size)| {
+        let below = (ram.layout().lowmem / 32).min(gpa);
+        Room {
+            gpa: gpa - below,
+            len: below + size,
+        }
+    }));
+    rooms
 }
 
 /// A VM without memory and registers. It remembers where its memory file is, so that the file is

@@ -5,10 +5,12 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use rhyveload::cli::{Cli, lines};
+use rhyveload::cli::{Cli, On, lines};
 use rhyveload::freebsd::console::Console;
 use rhyveload::load::load;
 use rhyveload::progress::Progress;
+use rhyveload::pty::Pty;
+use rhyveload::terminal::{Tty, use_device};
 use vmm_api::root::Root;
 
 fn main() -> ExitCode {
@@ -27,13 +29,44 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         true => Progress::hidden(),
         false => Progress::on_terminal(),
     };
-    let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
-    let mut nowhere = std::io::sink();
-    let mut console = match json || quiet {
-        true => Console::new(&mut nowhere, &mut stderr),
-        false => Console::new(&mut stdout, &mut stderr),
+    let on = cli.on();
+    let job = cli.job().unwrap_or_else(|error| error.exit());
+    // Whoever wants silence or JSON is not asked anything.
+    let asks = !json && !quiet && job.asks();
+    let mut pty = None;
+    match &on {
+        On::Stdio => {}
+        On::Device(path) => use_device(path)
+            .map_err(|error| format!("{}: cannot be the console: {error}", path.display()))?,
+        On::Pty if !asks => {}
+        On::Pty => {
+            let made = Pty::open().map_err(|error| format!("no pseudo-terminal: {error}"))?;
+            let made = pty.insert(made);
+            eprintln!("rhyveload: the console is at {}", made.path().display());
+            made.wait();
+        }
+    }
+    let mut terminal = match asks {
+        true => Tty::new(),
+        false => None,
     };
-    let loaded = load(&Root::open()?, &cli.job(), &mut console, &mut progress);
+    let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
+    // What goes wrong is to be seen where the prompt is.
+    let mut shown = std::io::stdout();
+    let mut nowhere = std::io::sink();
+    let out: &mut dyn Write = match json || quiet {
+        true => &mut nowhere,
+        false => &mut stdout,
+    };
+    let errors: &mut dyn Write = match on != On::Stdio && terminal.is_some() {
+        true => &mut shown,
+        false => &mut stderr,
+    };
+    let mut console = Console::new(out, errors);
+    if let Some(terminal) = &mut terminal {
+        console = console.with_terminal(terminal);
+    }
+    let loaded = load(&Root::open()?, &job, &mut console, &mut progress);
     progress.clear();
     let loaded = loaded?;
     let text = match (json, quiet) {
@@ -43,6 +76,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
     };
     // The VM is loaded, whether or not somebody still reads about it.
     let _ = std::io::stdout().write_all(text.as_bytes());
+    drop(pty);
     Ok(())
 }
 

@@ -52,6 +52,12 @@ impl Progress {
         bar.set_position(done);
     }
 
+    /// Begins anew: what came before, a user's thoughts for one, is not work.
+    pub fn restart(&mut self) {
+        self.clear();
+        self.start = Instant::now();
+    }
+
     /// Takes the bar away, so that lines can be printed.
     pub fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {

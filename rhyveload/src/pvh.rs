@@ -5,9 +5,10 @@ use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::ByteValued;
-use vmm_api::boot::setup_pvh_registers;
+use vmm_api::boot::{RSDP_BASE, setup_pvh_registers};
+use vmm_api::memory::MemoryLayout;
 
-use crate::elf::Elf;
+use crate::elf::{Elf, OSABI_FREEBSD};
 use crate::freebsd::kernel::Kernel;
 use crate::linux::boot_params::memory_map;
 use crate::linux::vmlinux::{check_entry, is_vmlinux, place_initrd};
@@ -15,10 +16,14 @@ use crate::linux::{CMDLINE, CMDLINE_MAX, cmdline_blob, refuse_env};
 use crate::plan::{Blob, LoadPlan, PlanError, Protocol, Request};
 use crate::space::Space;
 
-const START_INFO: u64 = 0x6000;
+/// Where hvm_start_info is.
+pub const START_INFO: u64 = 0x6000;
 const MODULES: u64 = START_INFO + size_of::<hvm_start_info>() as u64;
 const MEMMAP: u64 = 0x6100;
-const END: u64 = 0x7000;
+/// The text that goes with a module.
+const TEXT: u64 = 0x6800;
+/// End of all this.
+pub const END: u64 = 0x7000;
 
 /// Longest command line of a kernel other than Linux, without its NUL.
 const CMDLINE_MAX_OTHER: u64 = 4095;
@@ -31,14 +36,18 @@ const CMDLINE_MAX_OTHER: u64 = 4095;
 /// too long.
 pub fn plan(elf: &Elf, request: &Request<'_>) -> Result<LoadPlan, PlanError> {
     let protocol = Protocol::Pvh;
-    refuse_env(protocol, request)?;
+    let cmdline = cmdline(elf, request)?;
+    let request = &Request {
+        cmdline: Some(&cmdline),
+        ..request.clone()
+    };
     let entry = elf.pvh_entry.ok_or(PlanError::NoPvh)?;
     let max = if is_vmlinux(elf) {
         CMDLINE_MAX
     } else {
         CMDLINE_MAX_OTHER
     };
-    let len = request.cmdline.unwrap_or_default().len() as u64;
+    let len = cmdline.len() as u64;
     if len > max {
         return Err(PlanError::Cmdline { len, max });
     }
@@ -65,26 +74,69 @@ pub fn plan(elf: &Elf, request: &Request<'_>) -> Result<LoadPlan, PlanError> {
     })
 }
 
-/// The start information, the module list and the memory map, one behind the other.
+/// The command line; FreeBSD takes variables there (sys/kern/subr_boot.c, boot_parse_cmdline).
+fn cmdline(elf: &Elf, request: &Request<'_>) -> Result<String, PlanError> {
+    let text = request.cmdline.unwrap_or_default().to_owned();
+    if elf.os_abi != OSABI_FREEBSD {
+        refuse_env(Protocol::Pvh, request)?;
+        return Ok(text);
+    }
+    let vars = request.env.iter().map(ToString::to_string);
+    let all = vars.chain(Some(text).filter(|text| !text.is_empty()));
+    Ok(all.collect::<Vec<_>>().join(","))
+}
+
+/// The start information for what was asked for.
 fn start_info(request: &Request<'_>, initrd: Option<u64>) -> Vec<u8> {
-    let map = memory_map(request.layout);
-    let module = initrd
-        .zip(request.initrd)
-        .map(|(paddr, size)| hvm_modlist_entry {
-            paddr,
-            size,
-            ..Default::default()
-        });
+    let initrd = initrd.zip(request.initrd);
+    let module = initrd.map(|(paddr, size)| hvm_modlist_entry {
+        paddr,
+        size,
+        ..Default::default()
+    });
+    let info = hvm_start_info {
+        cmdline_paddr: CMDLINE,
+        ..Default::default()
+    };
+    pages(request.layout, info, module)
+}
+
+/// The start information for a FreeBSD kernel whose module list lies from `modulep` to `kernend`: it
+/// takes the first module for one (sys/x86/xen/pv.c, xen_pvh_parse_preload_data), and the end of the
+/// last for the end of everything that was loaded.
+pub fn freebsd_start_info(layout: MemoryLayout, modulep: u64, kernend: u64) -> Blob {
+    let module = hvm_modlist_entry {
+        paddr: modulep,
+        size: kernend - modulep,
+        // It is compared with "header", which would say that something precedes the list.
+        cmdline_paddr: TEXT,
+        ..Default::default()
+    };
+    let info = hvm_start_info {
+        rsdp_paddr: RSDP_BASE,
+        ..Default::default()
+    };
+    let mut bytes = pages(layout, info, Some(module));
+    bytes.resize((TEXT - START_INFO) as usize, 0);
+    bytes.extend_from_slice(b"metadata\0");
+    Blob {
+        gpa: START_INFO,
+        bytes,
+    }
+}
+
+/// The start information, the module list and the memory map, one behind the other.
+fn pages(layout: MemoryLayout, info: hvm_start_info, module: Option<hvm_modlist_entry>) -> Vec<u8> {
+    let map = memory_map(layout);
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: 1,
         nr_modules: module.is_some().into(),
-        // FreeBSD takes any module list for a FreeBSD one (sys/x86/xen/pv.c): none is better.
+        // FreeBSD takes any list for its own: none is better than an empty one.
         modlist_paddr: if module.is_some() { MODULES } else { 0 },
-        cmdline_paddr: CMDLINE,
         memmap_paddr: MEMMAP,
         memmap_entries: map.len() as u32,
-        ..Default::default()
+        ..info
     };
     let mut bytes = info.as_slice().to_vec();
     bytes.extend_from_slice(module.unwrap_or_default().as_slice());

@@ -58,14 +58,14 @@ pub enum SpaceError {
 }
 
 /// Lowmem, and what of it is taken.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Space {
     lowmem: u64,
     limit: u64,
     claims: Vec<Claim>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Claim {
     what: Cow<'static, str>,
     base: u64,

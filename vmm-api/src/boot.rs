@@ -17,6 +17,9 @@ pub const LONG_MODE_GDT: [u64; 3] = [0, 0x0020_9800_0000_0000, 0x0000_9000_0000_
 /// The limit that goes with [`LONG_MODE_GDT`].
 pub const LONG_MODE_GDT_LIMIT: u16 = 0x17;
 
+/// Where rhyve puts the ACPI RSDP, as in bhyve: a boot protocol may name it (PVH).
+pub const RSDP_BASE: u64 = 0xf_2400;
+
 fn flat(selector: u16, access: u32) -> Segment {
     Segment {
         selector,

@@ -123,12 +123,79 @@ impl Generate {
                 .render(&mut { out }),
             Self::Completions(shell) => {
                 let name = command.get_name().to_owned();
+                // What the help describes as a group is completed one by one.
+                command = command.mut_args(|arg| arg.hide(false));
                 // Into memory first: clap_complete panics when its writer fails.
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut command, name, &mut text);
-                out.write_all(&text)
+                let text = String::from_utf8_lossy(&text);
+                out.write_all(complete_names(shell, &text, &command).as_bytes())
             }
         }
+    }
+}
+
+/// Shell code that lists the VMs there are.
+const NAMES: &str = r#"ls "${RHYVE_ROOT:-/dev/shm/rhyve-$(id -u)}" 2>/dev/null"#;
+const NAMES_FISH: &str =
+    "set -q RHYVE_ROOT; and ls $RHYVE_ROOT 2>/dev/null; or ls /dev/shm/rhyve-(id -u) 2>/dev/null";
+
+/// Makes clap_complete's text complete the names of VMs, where one is `--vm` or an argument `vm`.
+fn complete_names(shell: Shell, text: &str, command: &Command) -> String {
+    let option = command
+        .get_arguments()
+        .any(|arg| arg.get_long() == Some("vm"));
+    let name = command.get_name();
+    match shell {
+        Shell::Bash => {
+            let words = format!("COMPREPLY=($(compgen -W \"$({NAMES})\" -- \"${{cur}}\"))");
+            let files = r#"COMPREPLY=($(compgen -f "${cur}"))"#;
+            // bash takes = for a word of its own.
+            let previous = concat!(
+                "    prev=\"$3\"\n",
+                "    [[ \"${cur}\" == = ]] && cur=\"\"\n",
+                "    if [[ \"${COMP_WORDS[COMP_CWORD]}\" == = ]]; then\n",
+                "        prev=\"${COMP_WORDS[COMP_CWORD-1]}\"\n",
+                "    elif [[ \"${prev}\" == = ]]; then\n",
+                "        prev=\"${COMP_WORDS[COMP_CWORD-2]}\"\n",
+                "    fi\n",
+            );
+            let text = text.replacen("    prev=\"$3\"\n", previous, 1);
+            if option {
+                let (from, to) = (
+                    format!("--vm)\n{:20}{files}", ""),
+                    format!("--vm)\n{:20}{words}", ""),
+                );
+                return text.replace(&from, &to);
+            }
+            let none = "*)\n                    COMPREPLY=()";
+            let names = format!(
+                "*)\n                    {words}\n                    [[ \"${{cur}}\" != -* && ${{#COMPREPLY[@]}} -gt 0 ]] && return 0"
+            );
+            text.replacen(none, &names, 1)
+        }
+        Shell::Zsh => {
+            let function =
+                format!("_rhyve_vms() {{\n    compadd -- ${{(f)\"$({NAMES})\"}}\n}}\n\n");
+            let mut lines = String::new();
+            for line in text.lines() {
+                let names = line.starts_with("'--vm=") || line.starts_with("'::vm -- ");
+                let line = if names {
+                    line.replace(":_default'", ":_rhyve_vms'")
+                } else {
+                    line.to_owned()
+                };
+                if line == format!("_{name}() {{") {
+                    lines += &function;
+                }
+                lines += &line;
+                lines.push('\n');
+            }
+            lines
+        }
+        Shell::Fish if option => format!("{text}complete -c {name} -l vm -x -a '({NAMES_FISH})'\n"),
+        Shell::Fish => format!("{text}complete -c {name} -f -a '({NAMES_FISH})'\n"),
+        _ => text.to_owned(),
     }
 }
 

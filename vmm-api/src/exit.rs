@@ -73,6 +73,8 @@ pub enum VmExit {
         exception: u32,
         /// Linear address.
         pc: u64,
+        /// DR6: which debug register, or the single step.
+        dr6: u64,
     },
     /// The guest's hypervisor call for a crash, reset or shutdown.
     SystemEvent(u32),
@@ -150,7 +152,7 @@ impl fmt::Display for InternalError {
 }
 
 /// The kinds of exit that are counted apart, with the names under which they are shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExitKind {
     /// Port input or output.
     Inout,

@@ -1,4 +1,4 @@
-//! A shared mapping of a part of a file, laid out for huge pages.
+//! A mapping of a part of a file, laid out for huge pages.
 //!
 //! KVM maps 2 MiB at once into a guest only where guest-physical address, host address and file
 //! offset agree modulo 2 MiB, and mmap(2) alone does not make them agree. A fault of a guest costs
@@ -33,8 +33,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes at `offset`, both multiples of 4 KiB.
-    pub(crate) fn new(file: &File, offset: u64, len: usize) -> io::Result<Self> {
+    /// Maps `len` bytes at `offset`, both multiples of 4 KiB, shared or private.
+    pub(crate) fn new(file: &File, offset: u64, len: usize, sharing: MapFlags) -> io::Result<Self> {
         // hugetlbfs tells the size of its pages, which a mapping has to be aligned to.
         let block = usize::try_from(file.metadata()?.blksize()).unwrap_or(HUGE);
         let align = block.max(HUGE);
@@ -46,7 +46,7 @@ impl Mapping {
         let at = space.start.addr().saturating_add(skip);
         let length = NonZeroUsize::new(len).ok_or_else(invalid)?;
         let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        let flags = sharing | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the range is inside `space`, which is ours and which nothing points into.
         let start = unsafe { mmap(Some(at), length, access, flags, file.as_fd(), offset)? };
@@ -94,9 +94,9 @@ impl Mapping {
     }
 
     /// Backs a range that [`Mapping::huge_pages`] gave with huge pages, whatever the host's policy,
-    /// and keeps what is there. Before Linux 6.1, on a full file system, or without memory in one
-    /// piece, small pages stay.
-    pub(crate) fn collapse(&self, range: Range<usize>) {
+    /// and keeps what is there; whether it did. Before Linux 6.1, on a full file system, or without
+    /// memory in one piece, small pages stay.
+    pub(crate) fn collapse(&self, range: Range<usize>) -> bool {
         let advise = |at, len, advice| {
             // SAFETY: the range is inside this mapping; this moves pages but changes no content.
             unsafe { libc::madvise(self.start.byte_add(at).as_ptr(), len, advice) }
@@ -105,7 +105,7 @@ impl Mapping {
         for page in range.clone().step_by(HUGE) {
             advise(page, 4096, libc::MADV_POPULATE_WRITE);
         }
-        advise(range.start, range.len(), libc::MADV_COLLAPSE);
+        advise(range.start, range.len(), libc::MADV_COLLAPSE) == 0
     }
 }
 
@@ -126,7 +126,7 @@ mod tests {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(16 << 20).unwrap();
         for (offset, len) in [(0, 16 << 20), (0x1000, 0x5000), (0x3f_f000, 5 << 20)] {
-            let mapping = Mapping::new(&file, offset, len).unwrap();
+            let mapping = Mapping::new(&file, offset, len, MapFlags::MAP_SHARED).unwrap();
             let phase = mapping.start().addr().get() % HUGE;
             assert_eq!(phase, usize::try_from(offset).unwrap() % HUGE);
         }
@@ -136,12 +136,12 @@ mod tests {
     fn huge_pages_are_whole() {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(16 << 20).unwrap();
-        let mapping = Mapping::new(&file, 0, 7 << 20).unwrap();
+        let mapping = Mapping::new(&file, 0, 7 << 20, MapFlags::MAP_SHARED).unwrap();
         assert_eq!(mapping.huge_pages(HUGE + 1, 1), HUGE..2 * HUGE);
         assert_eq!(mapping.huge_pages(HUGE - 1, 2), 0..2 * HUGE);
         assert_eq!(mapping.huge_pages(5 << 20, 2 << 20), 2 * HUGE..3 * HUGE);
         assert!(mapping.huge_pages(3 * HUGE, 1 << 20).is_empty());
-        let mapping = Mapping::new(&file, 1 << 20, 2 << 20).unwrap();
+        let mapping = Mapping::new(&file, 1 << 20, 2 << 20, MapFlags::MAP_SHARED).unwrap();
         assert!(mapping.huge_pages(0, 2 << 20).is_empty());
     }
 }

@@ -33,6 +33,8 @@ const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Bits of an entry that are an address, at the largest physical address width there is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// Bytes of the smallest page.
+const SMALL: u64 = 4096;
 /// Bits of a PAE page directory pointer that must be 0.
 const PDPTE_RESERVED: u64 = 0x1e6 | NO_EXECUTE;
 
@@ -325,7 +327,7 @@ fn walk(
     }
     let mut found = Translation {
         gpa: gla,
-        page_size: 4096,
+        page_size: SMALL,
         writable: true,
         user: true,
         executable: true,
@@ -457,12 +459,22 @@ pub fn copyin(
     gla: u64,
     bytes: &mut [u8],
 ) -> Result<(), WalkError> {
-    for (gla, range) in pages(gla, bytes.len()) {
-        let gpa = gla2gpa_nofault(memory, registers, gla)?.gpa;
-        let piece = bytes.get_mut(range).unwrap_or(&mut []);
-        memory
-            .read_physical(gpa, piece)
-            .map_err(|source| WalkError::Memory { gla, source })?;
+    let (mut done, mut small) = (0, false);
+    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let gla = gla.wrapping_add(done as u64);
+        let found = gla2gpa_nofault(memory, registers, gla)?;
+        // A large page at once: a walk for each of its small ones would be most of the work.
+        let size = if small { SMALL } else { found.page_size };
+        let room = |size: u64| (size - gla % size).min(rest.len() as u64);
+        let len = room(size);
+        let is_large = len > room(SMALL);
+        let piece = rest.get_mut(..len as usize).unwrap_or(&mut []);
+        match memory.read_physical(found.gpa, piece) {
+            Ok(()) => done += piece.len(),
+            // The first of its small ones may be RAM.
+            Err(_) if is_large => small = true,
+            Err(source) => return Err(WalkError::Memory { gla, source }),
+        }
     }
     Ok(())
 }

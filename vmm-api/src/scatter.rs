@@ -1,9 +1,9 @@
 //! File I/O straight into and out of guest memory.
 //!
-//! preadv(2) and pwritev2(2) over [`VolatileSlice`]s: the kernel copies between the page cache and
-//! the guest's pages, no buffer of ours is in between and no reference to guest memory is formed.
-//! Guest pages that cannot be had (their file system is full) are an error here (EFAULT), not a
-//! signal.
+//! preadv(2) and pwritev2(2), and readv(2) and writev(2) for what comes in datagrams, over
+//! [`VolatileSlice`]s: the kernel copies between what it has and the guest's pages, no buffer of ours
+//! is in between and no reference to guest memory is formed. Guest pages that cannot be had (their
+//! file system is full) are an error here (EFAULT), not a signal.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -49,6 +49,60 @@ pub fn write_all_at(
         // SAFETY: as in `read_exact_at`; the kernel only reads them.
         unsafe { libc::pwritev2(fd, buffers.as_ptr(), count, at, flags) }
     })
+}
+
+/// Receives one datagram or frame into `to`, one slice after the other, and returns its bytes.
+///
+/// # Errors
+///
+/// What the system says; `InvalidInput` for more than 1024 slices.
+pub fn receive(file: impl AsFd, to: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    once(to, |buffers, count| {
+        // SAFETY: as in `read_exact_at`.
+        unsafe { libc::readv(fd, buffers, count) }
+    })
+}
+
+/// Sends one datagram or frame, and returns how many of its bytes were taken.
+///
+/// # Errors
+///
+/// What the system says; `InvalidInput` for more than 1024 slices.
+pub fn send(file: impl AsFd, from: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    once(from, |buffers, count| {
+        // SAFETY: as in `read_exact_at`; the kernel only reads them.
+        unsafe { libc::writev(fd, buffers, count) }
+    })
+}
+
+/// One call with all of `slices`.
+fn once(
+    slices: &[VolatileSlice<'_>],
+    call: impl Fn(*const libc::iovec, libc::c_int) -> isize,
+) -> io::Result<usize> {
+    if slices.len() > MAX_BUFFERS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let buffers: Vec<_> = guards
+        .iter()
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast(),
+            iov_len: guard.len(),
+        })
+        .collect();
+    loop {
+        let done = call(buffers.as_ptr(), buffers.len() as libc::c_int);
+        match usize::try_from(done) {
+            Ok(done) => return Ok(done),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
 }
 
 /// Repeats `call` until all of `slices` is through; a transfer of nothing is the error `at_end`.
@@ -114,6 +168,28 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     use super::*;
+
+    #[test]
+    fn datagrams_pass_whole_and_are_cut_to_what_there_is_room_for() {
+        let memory = memory();
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let slice = |at, len| memory.get_slice(GuestAddress(at), len).unwrap();
+        memory.write_slice(b"hello", GuestAddress(0x10)).unwrap();
+        let from = [slice(0x10, 2), slice(0x12, 3)];
+        assert_eq!(send(&ours, &from).unwrap(), 5);
+        assert_eq!(
+            receive(&theirs, &[slice(0x100, 1), slice(0x200, 9)]).unwrap(),
+            5
+        );
+        let mut got = [0; 4];
+        memory.read_slice(&mut got, GuestAddress(0x200)).unwrap();
+        assert_eq!(&got, b"ello");
+        send(&ours, &from).unwrap();
+        assert_eq!(receive(&theirs, &[slice(0x300, 3)]).unwrap(), 3);
+        let many = vec![slice(0, 1); MAX_BUFFERS + 1];
+        let error = send(&ours, &many).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
 
     fn memory() -> GuestMemoryMmap {
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap()

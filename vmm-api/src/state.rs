@@ -67,6 +67,20 @@ impl Phase {
     }
 }
 
+impl Phase {
+    /// The phase, and how the guest ended if it has.
+    pub fn words(&self) -> String {
+        match self {
+            Self::Stopped { reason, detail } => {
+                let detail = detail.as_ref().map(|detail| format!(": {detail}"));
+                let reason = reason.words();
+                format!("stopped ({reason}{})", detail.unwrap_or_default())
+            }
+            other => other.word().to_owned(),
+        }
+    }
+}
+
 /// How a guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -119,9 +133,51 @@ pub struct MachineState {
     /// The directory that holds the memory file, when it is not the object's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_path: Option<std::path::PathBuf>,
+    /// Microseconds that the loader took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_us: Option<u64>,
     /// What the loader put there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootInfo>,
+    /// How it was run when it was suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunInfo>,
+}
+
+/// The command line of the `rhyve` that a suspended machine goes on with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunInfo {
+    /// Its arguments, without the program's name.
+    pub args: Vec<String>,
+    /// The directory that relative paths among them start from.
+    pub directory: std::path::PathBuf,
+    /// The host's monotonic clock when the machine was stopped, in nanoseconds.
+    #[serde(default)]
+    pub at_ns: u64,
+}
+
+impl RunInfo {
+    /// Whether the guest may write to a disk image, which no other machine is to use then.
+    pub fn writes_disks(&self) -> bool {
+        self.args.iter().any(|arg| {
+            let mut words = arg.split(',');
+            words.any(|word| word == "virtio-blk") && !words.any(|word| word == "ro")
+        })
+    }
+
+    /// Removes what makes a machine the one it is, where the options name it: its UUID and the addresses
+    /// of its network cards. They are made of the VM's name then.
+    pub fn forget_identity(&mut self) {
+        let mut args = std::mem::take(&mut self.args).into_iter();
+        while let Some(arg) = args.next() {
+            if arg == "-U" {
+                args.next();
+            } else if !arg.starts_with("-U") && !arg.starts_with("-ouuid=") {
+                let words = arg.split(',').filter(|word| !word.starts_with("mac="));
+                self.args.push(words.collect::<Vec<_>>().join(","));
+            }
+        }
+    }
 }
 
 /// What was loaded, for people and for symbol look-ups.
@@ -159,6 +215,9 @@ pub struct VcpuState {
     /// Time stamp counter frequency in kHz; none: the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tsc_khz: Option<u32>,
+    /// The host's monotonic clock when the time stamp counter was read, in nanoseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tsc_at_ns: Option<u64>,
     /// Host processors that it is pinned to; empty: it runs on any.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub pinning: BTreeSet<usize>,
@@ -249,23 +308,54 @@ pub enum StateError {
         "version {0}, this rhyve reads 1-{VERSION}: use the rhyve that wrote it, or destroy the VM"
     )]
     Version(u32),
+    /// Not what was written.
+    #[error(
+        "damaged: its checksum does not agree with what is in it; load the VM again, or destroy it"
+    )]
+    Checksum,
     /// A value that no rhyve writes.
     #[error("{0}; load the VM again, or destroy it")]
     Value(String),
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct Header {
     format: String,
     version: u32,
+    #[serde(default)]
+    checksum: Option<String>,
 }
 
 #[derive(Serialize)]
 struct File<'a> {
     format: &'a str,
     version: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checksum: Option<&'a str>,
     #[serde(flatten)]
     state: &'a VmState,
+}
+
+/// The checksum while it is being made. A file's checksum is the CRC-32 of the file with this in
+/// its place.
+const NO_CHECKSUM: &str = "00000000";
+
+/// The CRC-32 of a file whose checksum is at `at`.
+fn checksum(text: &[u8], at: usize) -> String {
+    let mut crc = crc32fast::Hasher::new();
+    let (before, rest) = text.split_at(at);
+    crc.update(before);
+    crc.update(NO_CHECKSUM.as_bytes());
+    crc.update(rest.get(NO_CHECKSUM.len()..).unwrap_or_default());
+    format!("{:08x}", crc.finalize())
+}
+
+/// Where the checksum is, which is right behind the version.
+fn find_checksum(text: &[u8], sum: &str) -> Option<usize> {
+    let wanted = format!("\"checksum\": \"{sum}\"");
+    let mut windows = text.windows(wanted.len()).take(200);
+    let at = windows.position(|window| window == wanted.as_bytes())?;
+    Some(at + wanted.len() - 1 - sum.len())
 }
 
 impl VmState {
@@ -293,7 +383,17 @@ impl VmState {
         if header.version == 0 || header.version > VERSION {
             return Err(StateError::Version(header.version));
         }
+        if let Some(sum) = &header.checksum {
+            let at = find_checksum(text, sum).filter(|_| sum.len() == NO_CHECKSUM.len());
+            if at.is_none_or(|at| checksum(text, at) != *sum) {
+                return Err(StateError::Checksum);
+            }
+        }
         let state: Self = serde_json::from_slice(text).map_err(StateError::Damaged)?;
+        // What is to go on as if nothing had been must be what was left, to the last bit.
+        if state.phase == Phase::Suspended && header.checksum.is_none() {
+            return Err(StateError::Checksum);
+        }
         state
             .machine
             .memory
@@ -311,12 +411,18 @@ impl VmState {
     ///
     /// A device's data is no JSON value (a map with keys that are no text).
     pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let suspended = self.phase == Phase::Suspended;
         let mut text = serde_json::to_vec_pretty(&File {
             format: FORMAT,
             version: VERSION,
+            checksum: suspended.then_some(NO_CHECKSUM),
             state: self,
         })?;
         text.push(b'\n');
+        if let Some(at) = find_checksum(&text, NO_CHECKSUM).filter(|_| suspended) {
+            let sum = checksum(&text, at);
+            text.splice(at..at + sum.len(), sum.into_bytes());
+        }
         Ok(text)
     }
 }
@@ -375,6 +481,29 @@ mod tests {
                 .to_string()
                 .contains("version 3, this rhyve reads 1-1")
         );
+    }
+
+    #[test]
+    fn a_suspended_state_is_taken_whole_or_not_at_all() {
+        let mut state = sample();
+        state.phase = Phase::Suspended;
+        let text = state.to_json().unwrap();
+        assert_eq!(VmState::from_json(&text).unwrap(), state);
+        for at in 0..text.len() {
+            for bit in 0..8 {
+                let mut flipped = text.clone();
+                flipped[at] ^= 1 << bit;
+                assert!(VmState::from_json(&flipped).is_err(), "bit {bit} of {at}");
+            }
+            // Without its last newline it is still whole.
+            if at < text.len() - 1 {
+                assert!(VmState::from_json(&text[..at]).is_err(), "{at} bytes");
+            }
+        }
+        let text = String::from_utf8(text).unwrap();
+        let bare: String = text.lines().filter(|l| !l.contains("checksum")).collect();
+        let refused = VmState::from_json(bare.as_bytes()).unwrap_err();
+        assert!(matches!(refused, StateError::Checksum), "{refused}");
     }
 
     #[test]

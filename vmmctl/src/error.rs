@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use vmm_api::control::{ClientError, Refusal};
+use vmm_api::guest::{GuestError, SymbolError};
 use vmm_api::inspect::CoreError;
 use vmm_api::name::VmName;
 use vmm_api::pagewalk::WalkError;
@@ -11,8 +12,6 @@ use vmm_api::regs::RegError;
 use vmm_api::root::RootError;
 use vmm_api::state::StateError;
 use vmm_api::vm::VmError;
-
-use crate::symbols::SymbolError;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,9 +113,22 @@ pub enum Error {
         /// Why.
         source: WalkError,
     },
+    /// The guest's kernel does not tell.
+    #[error("{vm}")]
+    Guest {
+        /// The VM.
+        vm: VmName,
+        /// Why not.
+        source: GuestError,
+    },
     /// There are no names for addresses.
-    #[error(transparent)]
-    Symbols(#[from] SymbolError),
+    #[error("{vm}")]
+    Symbols {
+        /// The VM.
+        vm: VmName,
+        /// Why not.
+        source: SymbolError,
+    },
     /// There is no core file.
     #[error("{vm}: {}", path.display())]
     Core {
@@ -135,6 +147,12 @@ pub enum Error {
         /// What is wrong.
         source: StateError,
     },
+    /// `top` where there is no terminal.
+    #[error("top shows itself on a terminal, and this is none: use --list, or --get-exits")]
+    NoTerminal,
+    /// The terminal does not do what it should.
+    #[error("the terminal")]
+    Terminal(#[source] std::io::Error),
     /// rhyve cannot be started.
     #[error("cannot start {program}")]
     Run {

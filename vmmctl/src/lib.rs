@@ -3,22 +3,22 @@
 //! [`cli`] reads the options into a plan; [`work`] does it in 2012's order ([`detail`] what goes
 //! beyond registers, [`look`] what is in memory), on a VM that [`target`]
 //! found stored in its object or running behind its control socket; [`output`] gathers what there is
-//! to say, as text or as one JSON object. [`list`] and [`host`] are the two reports that are about no
-//! single VM.
+//! to say, as text or as one JSON object. [`list`], [`host`] and [`top`] are about no single VM.
 
 #![forbid(unsafe_code)]
 
-pub mod backtrace;
 pub mod cli;
 pub mod detail;
+mod devices;
 pub mod error;
+pub mod exits;
 pub mod host;
 pub mod list;
 pub mod look;
 pub mod number;
 pub mod output;
-pub mod symbols;
 pub mod target;
+pub mod top;
 pub mod work;
 
 use std::ffi::OsString;
@@ -43,6 +43,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Status {
     let result = match cli.plan {
         Plan::List => list::list(&mut output),
         Plan::Host => Ok(host::host(&mut output)),
+        Plan::Top => top::top(),
         Plan::Work(work) => work::work(&work, &mut output),
     };
     output.print();

@@ -7,16 +7,16 @@ use std::path::Path;
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter, Instruction, NasmFormatter};
 use serde_json::{Value, json};
 use vmm_api::control::RunPhase;
+use vmm_api::guest::report::printable;
+use vmm_api::guest::{Kernel, Message, Process, Report, SymbolError, backtrace};
 use vmm_api::inspect::write_core;
 use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
 use vmm_api::regs::Registers;
 
-use crate::backtrace;
 use crate::cli::{Format, Letter, Place, Syntax, Work};
 use crate::error::Error;
 use crate::output::{Output, hex};
-use crate::symbols::Symbols;
 use crate::target::VcpuAccess;
 
 /// Instructions that `--disasm` shows.
@@ -53,7 +53,14 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
         }
     }
     if looks.backtrace {
-        held(access, |access| backtraces(access, work, output))?;
+        let kernel = named(access, work)?;
+        held(access, |access| backtraces(access, kernel.as_ref(), output))?;
+    }
+    if looks.dmesg || looks.processes {
+        told(access, work, output)?;
+    }
+    if looks.panic {
+        held(access, |access| panic(access, work, output))?;
     }
     match &looks.core {
         Some(path) => held(access, |access| core(access, work, path, output)),
@@ -244,34 +251,118 @@ fn unit(value: u64, format: Format) -> String {
     }
 }
 
-/// Shows how each vCPU got where it is. Without symbols there are only addresses, and a word on why.
-fn backtraces(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
+/// The guest's kernel, with names for addresses.
+///
+/// # Errors
+///
+/// There are none, or the VM cannot be asked.
+fn kernel(access: &mut dyn VcpuAccess, work: &Work, memory: &MemFile) -> Result<Kernel, Error> {
+    let vcpus = registers(access)?;
+    let loaded = access.kernel()?;
+    let (named, loaded) = (work.gets.looks.symbols.as_deref(), loaded.as_deref());
+    let found = Kernel::find(memory, &vcpus, named, loaded.map(Path::new));
+    found.map_err(|source| Error::Symbols {
+        vm: work.vm.clone(),
+        source,
+    })
+}
+
+/// The guest's kernel, if there are names for its addresses; a word on why if the loaded file has
+/// none.
+///
+/// # Errors
+///
+/// The file that was named has none, or the VM cannot be asked.
+pub fn named(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Kernel>, Error> {
+    let memory = access.open_memory()?;
+    match kernel(access, work, &memory) {
+        Ok(kernel) => Ok(Some(kernel)),
+        Err(Error::Symbols {
+            source: SymbolError::Nowhere,
+            ..
+        }) => Ok(None),
+        Err(error @ Error::Symbols { .. }) if work.gets.looks.symbols.is_none() => {
+            eprintln!("vmmctl: {}", crate::error::chain(&error));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Shows what the kernel has to say: its log, its processes.
+fn told(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
+    let looks = &work.gets.looks;
+    let memory = access.open_memory()?;
+    let kernel = kernel(access, work, &memory)?;
+    let error = |source| Error::Guest {
+        vm: work.vm.clone(),
+        source,
+    };
+    held(access, |_| {
+        if looks.dmesg {
+            let messages = kernel.messages(&memory).map_err(error)?;
+            for line in messages.iter().flat_map(Message::lines) {
+                output.line(&printable(&line));
+            }
+            output.field("dmesg", json!(messages));
+        }
+        if looks.processes {
+            let processes = kernel.processes(&memory).map_err(error)?;
+            output.line("    PID    PPID S    UID COMMAND");
+            for process in &processes {
+                output.line(&process_line(process));
+            }
+            output.field("ps", json!(processes));
+        }
+        Ok(())
+    })
+}
+
+fn process_line(process: &Process) -> String {
+    let number = |n: Option<u32>| n.map_or("-".into(), |n| n.to_string());
+    let command = printable(&process.command);
+    format!(
+        "{:>7} {:>7} {} {:>6} {command}",
+        process.id,
+        number(process.parent),
+        process.state.unwrap_or('-'),
+        number(process.user),
+    )
+}
+
+/// Shows why the guest died, or where it is.
+fn panic(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
+    let title = format!("{}: {}", work.vm, access.ending()?);
     let memory = access.open_memory()?;
     let vcpus = registers(access)?;
-    let symbols = match (&work.gets.looks.symbols, access.kernel()?) {
-        (Some(path), _) => Some(Symbols::read(path)?),
-        (None, Some(kernel)) => match Symbols::read(Path::new(&kernel)) {
-            Ok(symbols) => Some(symbols),
-            Err(error) => {
-                eprintln!("vmmctl: {}: {}", work.vm, crate::error::chain(&error));
-                None
-            }
-        },
-        (None, None) => None,
-    };
-    // All vCPUs run the one kernel.
-    let symbols = match (symbols, vcpus.first()) {
-        (Some(symbols), Some(first)) => Some(backtrace::place(symbols, &memory, first)),
-        (symbols, _) => symbols,
-    };
+    let loaded = access.kernel()?;
+    let (named, loaded) = (work.gets.looks.symbols.as_deref(), loaded.as_deref());
+    let report = Report::new(&memory, &vcpus, named, loaded.map(Path::new));
+    for line in report.text(&title).lines() {
+        output.line(line);
+    }
+    output.field("panic", json!(report));
+    Ok(())
+}
+
+/// Shows how each vCPU got where it is. Without symbols there are only addresses.
+fn backtraces(
+    access: &mut dyn VcpuAccess,
+    kernel: Option<&Kernel>,
+    output: &mut Output,
+) -> Result<(), Error> {
+    let memory = access.open_memory()?;
+    let vcpus = registers(access)?;
+    let symbols = kernel.map(|kernel| &kernel.symbols);
+    let unwinder = kernel.and_then(|kernel| kernel.unwinder(&memory));
     let mut values = Vec::new();
     for (vcpu, registers) in vcpus.iter().enumerate() {
-        let frames = backtrace::backtrace(&memory, registers);
+        let frames = backtrace(&memory, registers, unwinder.as_ref());
         output.line(&format!("vcpu{vcpu}:"));
         for (number, frame) in frames.iter().enumerate() {
-            output.line(&frame.line(number, symbols.as_ref()));
+            output.line(&frame.line(number, symbols));
         }
-        let frames = frames.iter().map(|frame| frame.json(symbols.as_ref()));
+        let frames = frames.iter().map(|frame| frame.json(symbols));
         values.push(Value::from_iter(frames));
     }
     output.field("bt", values);

@@ -12,17 +12,19 @@ use vmm_api::regs::Registers;
 use vmm_api::root::Root;
 use vmm_api::state::{Phase, VmState};
 use vmm_api::stats::{VcpuStats, VmStats};
-use vmm_api::vm::{LockedVm, Vm, VmError};
+use vmm_api::vm::{self, LockedVm, Vm, VmError};
 
 use crate::error::Error;
 
 /// How vmmctl names itself as a lock's holder.
-const PROGRAM: &str = "vmmctl";
+pub const PROGRAM: &str = "vmmctl";
 
 /// How long to wait for what takes a moment only: another vmmctl's lock, a starting rhyve's socket.
 const MOMENT: Duration = Duration::from_secs(1);
 
 const PAUSE: Duration = Duration::from_millis(2);
+/// How long a large memory may take to copy.
+const COPYING: Duration = Duration::from_secs(600);
 
 /// A VM's vCPUs, alike whether it runs or not.
 pub trait VcpuAccess {
@@ -32,6 +34,15 @@ pub trait VcpuAccess {
     ///
     /// It cannot be asked.
     fn phase(&mut self) -> Result<String, Error>;
+
+    /// The same, and how it ended if it has.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn ending(&mut self) -> Result<String, Error> {
+        self.phase()
+    }
 
     /// Where its RAM lies.
     ///
@@ -123,6 +134,13 @@ pub trait VcpuAccess {
     ///
     /// There is none.
     fn open_memory(&mut self) -> Result<MemFile, Error>;
+
+    /// Makes another VM that is as this one is now.
+    ///
+    /// # Errors
+    ///
+    /// There is one of this name, there is no room for it, or what is here cannot be copied.
+    fn snapshot(&mut self, name: &VmName) -> Result<(), Error>;
 
     /// The kernel that was loaded, if it is known.
     ///
@@ -263,6 +281,10 @@ impl VcpuAccess for Stored<'_> {
         Ok(self.state()?.phase.word().into())
     }
 
+    fn ending(&mut self) -> Result<String, Error> {
+        Ok(self.state()?.phase.words())
+    }
+
     fn memory(&mut self) -> Result<MemoryLayout, Error> {
         Ok(self.state()?.machine.memory)
     }
@@ -360,6 +382,13 @@ impl VcpuAccess for Stored<'_> {
         Ok(self.vm.open_memory(&self.state()?)?)
     }
 
+    fn snapshot(&mut self, name: &VmName) -> Result<(), Error> {
+        let locked = lock(self.root, self.vm.name())?;
+        let state = locked.load_state()?;
+        let memory = locked.open_memory(&state)?;
+        Ok(vm::snapshot(self.root, name, PROGRAM, &memory, &state)?)
+    }
+
     fn kernel(&mut self) -> Result<Option<String>, Error> {
         Ok(self.state()?.machine.boot.map(|boot| boot.kernel))
     }
@@ -429,7 +458,16 @@ impl VcpuAccess for Live {
     }
 
     fn open_memory(&mut self) -> Result<MemFile, Error> {
+        if self.vm.is_clone()? {
+            self.client.settle()?;
+        }
         Ok(self.vm.open_memory(&self.vm.load_state()?)?)
+    }
+
+    fn snapshot(&mut self, name: &VmName) -> Result<(), Error> {
+        // Nothing is done by halves: it takes as long as memory takes to copy.
+        let mut patient = Client::connect_within(&self.vm, COPYING)?;
+        Ok(patient.snapshot(name)?)
     }
 
     fn kernel(&mut self) -> Result<Option<String>, Error> {

@@ -11,15 +11,17 @@ use vmm_api::root::Root;
 use vmm_api::state::Phase;
 use vmm_api::vm::MemorySetup;
 
-use crate::cli::{End, Gets, Sets, Work};
+use crate::cli::{Disk, End, Gets, Link, Sets, Work};
 use crate::detail;
+use crate::devices;
 use crate::error::{Error, Status};
+use crate::exits;
 use crate::look;
 use crate::output::Output;
 use crate::target::{self, VcpuAccess};
 
 /// How long a VM may take to end by force: its last state is stored meanwhile.
-const END_WAIT: Duration = Duration::from_secs(5);
+const END_WAIT: Duration = Duration::from_secs(30);
 
 /// Does all of it, up to the first failure.
 ///
@@ -42,9 +44,16 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
     }
     let changes = !work.registers.is_empty() || !work.descriptors.is_empty();
     let events = work.nmi || work.lapic_lvt.is_some();
-    let live = work.pause || events || work.resume || work.end.is_some();
+    let live = work.pause
+        || work.balloon.is_some()
+        || work.disk.is_some()
+        || work.link.is_some()
+        || work.reset_stats
+        || events
+        || work.resume
+        || work.end.is_some();
     let sets = work.sets != Sets::default();
-    if changes || sets || live || work.gets != Gets::default() {
+    if changes || sets || live || work.snapshot.is_some() || work.gets != Gets::default() {
         let mut access = target::open(&root, &work.vm)?;
         output.field("cpu", work.cpu);
         if work.pause {
@@ -56,8 +65,25 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
             output.done("set");
         }
         detail::set(&mut *access, work, output)?;
+        if let Some(size) = work.balloon {
+            access.live()?.set_balloon(size.0)?;
+            output.done("set-balloon");
+        }
+        if let Some(Disk { slot, size }) = &work.disk {
+            let bytes = size.map(|size| size.0);
+            access.live()?.set_disk(slot, bytes)?;
+            output.done("set-disk");
+        }
+        if let Some(Link { slot, up }) = &work.link {
+            access.live()?.set_link(slot, *up)?;
+            output.done("set-link");
+        }
         output.field("phase", access.phase()?);
         get(&mut *access, work, output)?;
+        if work.reset_stats {
+            access.live()?.reset_stats()?;
+            output.done("reset-stats");
+        }
         if let Some(pin) = work.lapic_lvt {
             let event = Event::LocalPin { pin };
             access.live()?.inject(work.cpu, event)?;
@@ -66,6 +92,10 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         if work.nmi {
             access.live()?.nmi(work.cpu)?;
             output.done("inject-nmi");
+        }
+        if let Some(name) = &work.snapshot {
+            access.snapshot(name)?;
+            output.done("snapshot");
         }
         if work.resume {
             access.live()?.resume()?;
@@ -77,6 +107,7 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
                 End::PowerButton => client.power_button().map(|()| "power-button"),
                 End::Reset => client.reset().map(|()| "force-reset"),
                 End::PowerOff => client.stop().map(|()| "force-poweroff"),
+                End::Suspend => client.suspend().map(|()| "suspend"),
             };
             let step = step?;
             drop(access);
@@ -85,6 +116,10 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
             }
             output.done(step);
         }
+    }
+    if let Some(name) = &work.clone {
+        target::lock(&root, &work.vm)?.clone_to(&root, name, target::PROGRAM)?;
+        output.done("clone");
     }
     let mut status = Status::Done;
     if work.run {
@@ -166,9 +201,15 @@ fn get(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<
     }
     detail::show(access, work, output)?;
     look::show(access, work, output)?;
+    if gets.devices {
+        devices::show(access, output)?;
+    }
     if gets.stats {
         let (vcpu, vm) = access.stats(work.cpu)?;
         output.stats(work.cpu, &vcpu, &vm);
+    }
+    if let Some(top) = gets.exits {
+        exits::show(access, work, top, output)?;
     }
     if gets.unavailable.is_empty() {
         Ok(())

@@ -11,6 +11,7 @@ mod task_bench;
 mod task_demo;
 mod task_fuzz;
 mod task_guest_image;
+mod task_man;
 mod task_nested;
 mod task_test;
 
@@ -36,6 +37,7 @@ enum Task {
     Demo(task_demo::Demo),
     Fuzz(task_fuzz::Fuzz),
     GuestImage(task_guest_image::GuestImage),
+    Man(task_man::Man),
     Nested(task_nested::Nested),
     Test(task_test::Test),
 }
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Task::Demo(task) => task.run(),
         Task::Fuzz(task) => task.run(),
         Task::GuestImage(task) => task.run(),
+        Task::Man(task) => task.run(),
         Task::Nested(task) => task.run(),
         Task::Test(task) => task.run(),
     };

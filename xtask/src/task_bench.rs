@@ -11,7 +11,10 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::bench::boot::{self, Boots, Parts};
+use crate::bench::control;
 use crate::bench::host::{self, Host};
+use crate::bench::io::{self, Disks};
+use crate::bench::load;
 use crate::bench::sample::Sample;
 use crate::{TaskResult, project, task_guest_image};
 
@@ -25,9 +28,15 @@ pub struct Bench {
 #[derive(Debug, Subcommand)]
 enum What {
     Boot(Boot),
+    Load(Load),
+    Control(Control),
+    Io(Io),
     /// What the nested lane runs
     #[command(hide = true)]
     InLane(Parts),
+    /// The same for disks
+    #[command(hide = true)]
+    IoInLane(io::Parts),
 }
 
 /// Boot Debian's kernel under rhyve and under QEMU, and see what each takes
@@ -36,6 +45,42 @@ struct Boot {
     /// Measured boots of each monitor, after one that is not counted
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Load a FreeBSD kernel of 20 MB and 20 modules, from a directory and from a disk image
+#[derive(Debug, Args)]
+struct Load {
+    /// Measured loads of each kind, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Look into a running machine, suspend it and run it again
+#[derive(Debug, Args)]
+struct Control {
+    /// How often it is suspended, after once that is not counted
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Have fio work on a disk under rhyve and under QEMU
+#[derive(Debug, Args)]
+struct Io {
+    /// Measurements of each kind
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// One second for each of fio's jobs instead of three
+    #[arg(long)]
+    quick: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -53,6 +98,14 @@ impl Bench {
     pub fn run(self) -> TaskResult {
         match self.what {
             What::Boot(boot) => boot.run(),
+            What::Load(load) => load.run(),
+            What::Control(control) => control.run(),
+            What::Io(io) => io.run(),
+            What::IoInLane(parts) => {
+                let disks = io::measure(&parts)?;
+                println!("{}", serde_json::to_string(&disks)?);
+                Ok(ExitCode::SUCCESS)
+            }
             What::InLane(parts) => {
                 let boots = boot::measure(&parts)?;
                 println!("{}", serde_json::to_string(&boots)?);
@@ -102,6 +155,69 @@ impl Boot {
     }
 }
 
+impl Load {
+    fn run(self) -> TaskResult {
+        let programs = project::build(&["rhyveload"], true)?;
+        let tools = task_guest_image::make("tools")?;
+        let loads = load::measure(&programs, tools.path("makefs")?, self.runs)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&loads)?);
+        } else {
+            print!("{}\n{}", host::Machine::this(), loads.table());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Control {
+    fn run(self) -> TaskResult {
+        let programs = project::build(&["rhyveload", "rhyve", "vmmctl"], true)?;
+        let probe = task_guest_image::make("probe")?;
+        let control = control::measure(&programs, probe.path("kernel")?, self.runs)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&control)?);
+        } else {
+            print!("{}\n{}", host::Machine::this(), control.table());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Io {
+    fn run(self) -> TaskResult {
+        let programs = project::build(&["rhyveload", "rhyve", "vmmctl"], true)?;
+        let linux = task_guest_image::make_linux_disk()?;
+        let lane = task_guest_image::make("lane")?;
+        let seconds = if self.quick { 1 } else { 3 };
+        let xtask = env::current_exe()?;
+        let mut nested = Command::new(&xtask);
+        let timeout = 600 + self.runs * 40 * (seconds + 2);
+        nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
+        nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);
+        nested.args(["--runs", &self.runs.to_string()]);
+        nested.args(["--seconds", &seconds.to_string()]);
+        nested.arg("--programs").arg(&programs);
+        nested.arg("--kernel").arg(linux.path("kernel")?);
+        nested.arg("--initrd").arg(linux.path("initrd")?);
+        nested.arg("--disk").arg(linux.path("disk")?);
+        nested.arg("--qemu").arg(lane.path("qemu")?);
+        let output = nested
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()?;
+        if !output.status.success() {
+            return Err(format!("the nested run ended with {}", output.status).into());
+        }
+        let disks: Disks = serde_json::from_slice(&output.stdout)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&disks)?);
+        } else {
+            print!("{}\n{}", host::Machine::this(), disks.table());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 impl Report {
     fn table(&self) -> String {
         let mut text = format!("{}\n", self.machine);
@@ -115,7 +231,7 @@ impl Report {
             let Sample {
                 median, min, max, ..
             } = sample;
-            let line = format!("  {name:<38}{median:9.2}{min:9.2}{max:9.2} {unit:<4}{ratio}");
+            let line = format!("  {name:<44}{median:9.2}{min:9.2}{max:9.2} {unit:<4}{ratio}");
             text += line.trim_end();
             text += "\n";
         };
@@ -124,6 +240,7 @@ impl Report {
         for (name, boot) in [
             ("boot: rhyveload + rhyve", &boots.rhyve),
             ("boot: QEMU -M pc", pc),
+            ("boot: QEMU -M pc -nodefaults", &boots.qemu_pc_bare),
             ("boot: QEMU -M microvm,rtc=on", &boots.qemu_microvm),
         ] {
             let ratio = boot.seconds.median / pc.seconds.median;
@@ -133,6 +250,10 @@ impl Report {
         for (name, boot) in [
             ("resident beyond RAM: rhyve", &boots.rhyve),
             ("resident beyond RAM: QEMU -M pc", pc),
+            (
+                "resident beyond RAM: QEMU -M pc -nodefaults",
+                &boots.qemu_pc_bare,
+            ),
             (
                 "resident beyond RAM: QEMU -M microvm,rtc=on",
                 &boots.qemu_microvm,

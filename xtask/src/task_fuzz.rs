@@ -35,6 +35,17 @@ pub struct Fuzz {
 enum Target {
     /// The kernel loaders
     Kernel,
+    /// FreeBSD kernel modules
+    Module,
+    /// loader.conf and its neighbours
+    #[value(name = "loader_conf")]
+    LoaderConf,
+    /// UFS
+    Ufs,
+    /// FAT file systems
+    Fat,
+    /// Partition tables
+    Partitions,
     /// vm.json
     #[value(name = "vm_json")]
     VmJson,
@@ -42,28 +53,63 @@ enum Target {
     Control,
     /// KVM's binary statistics
     Stats,
+    /// A guest's memory, as its kernel left it
+    Guest,
     /// The programs' command lines
     Options,
+    /// PCI configuration, both virtio transports, virtio-blk
+    Virtio,
+    /// A network card's queues
+    Net,
+    /// virtio-console
+    Console,
+    /// virtio-balloon
+    Balloon,
+    /// virtio-vsock
+    Vsock,
+    /// virtio-9p's requests
+    P9,
 }
 
 impl Target {
     fn name(self) -> &'static str {
         match self {
             Target::Kernel => "kernel",
+            Target::Module => "module",
+            Target::LoaderConf => "loader_conf",
+            Target::Ufs => "ufs",
+            Target::Fat => "fat",
+            Target::Partitions => "partitions",
             Target::VmJson => "vm_json",
             Target::Control => "control",
             Target::Stats => "stats",
+            Target::Guest => "guest",
             Target::Options => "options",
+            Target::Virtio => "virtio",
+            Target::Net => "net",
+            Target::Console => "console",
+            Target::Balloon => "balloon",
+            Target::Vsock => "vsock",
+            Target::P9 => "p9",
         }
     }
 
     /// Longest input in bytes: what the seeds need, with room to grow.
     fn max_len(self) -> u32 {
         match self {
-            Target::Kernel | Target::VmJson => 8192,
+            Target::Guest
+            | Target::Kernel
+            | Target::VmJson
+            | Target::Module
+            | Target::Fat
+            | Target::Partitions => 8192,
+            Target::LoaderConf => 4096,
+            // Inodes, directories and a file behind a superblock.
+            Target::Ufs => 70_000,
             // Some more than the longest line that is read.
             Target::Control => 70_000,
-            Target::Stats => 2048,
+            Target::Stats | Target::Virtio | Target::P9 => 2048,
+            Target::Net | Target::Console | Target::Balloon | Target::Vsock => 8 + 8 * 64,
             Target::Options => 512,
         }
     }

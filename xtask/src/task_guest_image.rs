@@ -12,9 +12,18 @@ use crate::{TaskResult, project};
 /// Make a guest image below target/guest-image/ and print the paths of its files
 #[derive(Debug, Args)]
 pub struct GuestImage {
-    /// What to make: probe, linux, lane or tools (see `guest-image --help`)
+    /// What to make: probe, freebsd-probe, freebsd, linux, lane or tools (see `guest-image --help`)
     #[arg(default_value = "probe")]
     profile: String,
+    /// Make a root disk as well (linux)
+    #[arg(long)]
+    disk: bool,
+    /// Directory with FreeBSD's base.txz and kernel.txz, or with a boot/ (freebsd)
+    #[arg(long, value_name = "DIR")]
+    dist: Option<PathBuf>,
+    /// Where the guest's console is: serial or bvm (freebsd)
+    #[arg(long, value_name = "CONSOLE")]
+    console: Option<String>,
     /// Print what was made as one JSON object
     #[arg(long)]
     json: bool,
@@ -23,6 +32,15 @@ pub struct GuestImage {
 impl GuestImage {
     pub fn run(self) -> TaskResult {
         let mut command = command(&self.profile)?;
+        if self.disk {
+            command.arg("--disk");
+        }
+        if let Some(dist) = &self.dist {
+            command.arg("--dist").arg(dist);
+        }
+        if let Some(console) = &self.console {
+            command.args(["--console", console]);
+        }
         if self.json {
             command.arg("--json");
         }
@@ -59,8 +77,18 @@ impl Image {
 
 /// Makes the image `profile` and returns what it consists of.
 pub fn make(profile: &str) -> Result<Image, Box<dyn Error>> {
+    make_with(profile, &[])
+}
+
+/// Makes the image of Debian's kernel with a root disk.
+pub fn make_linux_disk() -> Result<Image, Box<dyn Error>> {
+    make_with("linux", &["--disk"])
+}
+
+fn make_with(profile: &str, options: &[&str]) -> Result<Image, Box<dyn Error>> {
     let output = command(profile)?
         .arg("--json")
+        .args(options)
         .stderr(Stdio::inherit())
         .output()?;
     if !output.status.success() {

@@ -55,6 +55,9 @@ pub struct Nested {
     pub command: Vec<String>,
 }
 
+/// How often the lane's processors are woken from outside; lane-init.sh has the reason.
+const PULSE: Duration = Duration::from_millis(200);
+
 /// The command did not end in time, as timeout(1) reports it.
 const TIMED_OUT: u8 = 124;
 /// The lane failed around the command.
@@ -190,16 +193,29 @@ impl Lane {
         for (number, share) in shares.iter().enumerate() {
             qemu.args(plan9(&format!("share{number}"), share, false));
         }
-        qemu.args(["-device", "virtio-serial-pci"]);
+        qemu.args(["-device", "virtio-serial-pci,id=ports"]);
+        // The first of a device's ports is kept for a console.
+        for cpu in 0..options.cpus {
+            qemu.arg("-device").arg(format!(
+                "virtio-serial-pci,id=wire{cpu},max_ports=2,vectors=2"
+            ));
+        }
         let mut listeners = Vec::new();
-        for name in ["in", "out", "err", "status"] {
+        let mut port = |name: &str, bus: &str| {
             let socket = files.path().join(name);
-            listeners.push(UnixListener::bind(&socket)?);
             let path = option_path(&socket);
             qemu.arg("-chardev")
                 .arg(format!("socket,id={name},path={path}"));
-            qemu.arg("-device")
-                .arg(format!("virtserialport,chardev={name},name={name}"));
+            qemu.arg("-device").arg(format!(
+                "virtserialport,bus={bus}.0,chardev={name},name={name}"
+            ));
+            UnixListener::bind(&socket)
+        };
+        for name in ["in", "out", "err", "status"] {
+            listeners.push(port(name, "ports")?);
+        }
+        for cpu in 0..options.cpus {
+            listeners.push(port(&format!("pulse{cpu}"), &format!("wire{cpu}"))?);
         }
         let errors = fs::File::create(files.path().join("qemu"))?;
         qemu.stdin(Stdio::null())
@@ -219,10 +235,19 @@ impl Lane {
                 }
             }
         }
+        let pulses = sockets.split_off(4);
         let [input, output, errors, status]: [UnixStream; 4] =
             sockets.try_into().map_err(|_| "QEMU: a port is missing")?;
         // Never joined: it may wait for a terminal that has nothing to say. It ends with xtask.
         thread::spawn(move || copy(io::stdin().lock(), input));
+        for mut pulse in pulses {
+            // Ends with QEMU.
+            thread::spawn(move || {
+                while pulse.write_all(&[0]).is_ok() {
+                    thread::sleep(PULSE);
+                }
+            });
+        }
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {
             for line in BufReader::new(status).lines().map_while(Result::ok) {

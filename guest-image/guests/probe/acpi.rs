@@ -3,7 +3,7 @@
 
 use crate::boot::BootInfo;
 use crate::memory::{checksum_is_zero, find32, peek8, peek32, peek64};
-use crate::smp::CpuList;
+use crate::startup::CpuList;
 
 const RSDP: u32 = u32::from_le_bytes(*b"RSD ");
 const RSDP_REST: u32 = u32::from_le_bytes(*b"PTR ");

@@ -5,7 +5,7 @@
 //! (Xen, include/public/arch-x86/hvm/ start_info.h).
 
 use crate::entry::{self, PROTOCOL_METADATA, PROTOCOL_PVH};
-use crate::memory::{peek8, peek32, peek64};
+use crate::memory::{MAX_TEXT, peek32, peek64, string_length};
 
 const MODINFO_END: u32 = 0;
 const MODINFO_NAME: u32 = 1;
@@ -16,10 +16,9 @@ const MODINFOMD_KERNEND: u32 = 0x8008;
 const MODINFOMD_SMAP: u32 = 0x9001;
 const PVH_MAGIC: u32 = 0x336e_c578;
 
-/// The most records, memory map entries and environment bytes looked at.
+/// The most records and memory map entries looked at.
 const MAX_RECORDS: u32 = 64;
 const MAX_REGIONS: u32 = 64;
-const MAX_TEXT: u64 = 2048;
 
 /// What was found, as physical addresses; 0 is "not given".
 #[derive(Clone, Copy, Default)]
@@ -141,13 +140,4 @@ impl BootInfo {
             }
         }
     }
-}
-
-/// The length of a NUL-terminated string, cut at 2 KiB and where memory ends.
-pub fn string_length(address: u64) -> u64 {
-    let mut length = 0;
-    while length < MAX_TEXT && !matches!(peek8(address + length), Some(0) | None) {
-        length += 1;
-    }
-    length
 }

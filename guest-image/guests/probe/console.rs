@@ -1,7 +1,8 @@
-//! Lines of text on the serial port. `core::fmt` is out of reach: the compiled `core` uses SSE in
+//! Lines of text on the kernel's console, `crate::terminal`. `core::fmt` is out of reach: the compiled `core` uses SSE in
 //! it.
 
-use crate::uart;
+use crate::memory::peek64;
+use crate::terminal;
 
 /// Something that can be printed.
 pub trait Print {
@@ -11,7 +12,7 @@ pub trait Print {
 
 impl Print for &str {
     fn print(&self) {
-        uart::write(self.as_bytes());
+        terminal::write(self.as_bytes());
     }
 }
 
@@ -41,7 +42,7 @@ pub struct Two(pub u8);
 
 impl Print for Two {
     fn print(&self) {
-        uart::write(&[b'0' + self.0 / 10 % 10, b'0' + self.0 % 10]);
+        terminal::write(&[b'0' + self.0 / 10 % 10, b'0' + self.0 % 10]);
     }
 }
 
@@ -58,7 +59,21 @@ impl Print for Text<'_> {
                     _ => b'.',
                 };
             }
-            uart::write(line.get(..chunk.len()).unwrap_or(&line));
+            terminal::write(line.get(..chunk.len()).unwrap_or(&line));
+        }
+    }
+}
+
+/// Text that lies in memory: its address and length.
+pub struct Stored(pub u64, pub u64);
+
+impl Print for Stored {
+    fn print(&self) {
+        let Self(address, length) = *self;
+        for offset in (0..length).step_by(8) {
+            let word = peek64(address + offset).unwrap_or(0).to_le_bytes();
+            let some = (length - offset).min(8) as usize;
+            Text(word.get(..some).unwrap_or(&word)).print();
         }
     }
 }
@@ -81,7 +96,7 @@ fn digits(mut value: u64, base: u64, prefix: &str) {
         }
     }
     prefix.print();
-    uart::write(text.get(start..).unwrap_or(&text));
+    terminal::write(text.get(start..).unwrap_or(&text));
 }
 
 /// Prints the items, without a line end.

@@ -17,6 +17,7 @@
 
 mod acpi;
 mod apic;
+mod blk;
 mod boot;
 mod console;
 mod cpu;
@@ -24,15 +25,23 @@ mod entry;
 mod interrupts;
 mod memory;
 mod mptable;
+mod net;
+mod pci;
 mod report;
 mod rtc;
 mod shell;
 mod smp;
+mod startup;
+mod tables;
+mod traps;
 mod uart;
+mod virtio;
 
 use core::panic::PanicInfo;
 
 use console::say;
+/// Where [`console`] prints.
+use uart as terminal;
 
 #[panic_handler]
 fn panic(_: &PanicInfo) -> ! {

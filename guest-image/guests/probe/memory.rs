@@ -83,6 +83,18 @@ pub fn peek64(address: u64) -> Option<u64> {
     ok.then_some(value)
 }
 
+/// The most bytes of a text that are looked at.
+pub const MAX_TEXT: u64 = 2048;
+
+/// The length of a NUL-terminated string, cut at 2 KiB and where memory ends.
+pub fn string_length(address: u64) -> u64 {
+    let mut length = 0;
+    while length < MAX_TEXT && !matches!(peek8(address + length), Some(0) | None) {
+        length += 1;
+    }
+    length
+}
+
 /// Exchanges a 64-bit word, so that the page is written and holds again what it held: whether it
 /// can be both read and written.
 pub fn writable(address: u64) -> bool {
@@ -133,6 +145,58 @@ pub unsafe fn mmio_write(address: u64, value: u32) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!("mov [{}], {:e}", in(reg) address, in(reg) value, options(nostack, preserves_flags))
+    };
+}
+
+/// Reads a 8-bit device register.
+///
+/// # Safety
+///
+/// As for [`mmio_read`].
+pub unsafe fn mmio_read8(address: u64) -> u8 {
+    let value;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("mov {}, [{}]", out(reg_byte) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes a 8-bit device register.
+///
+/// # Safety
+///
+/// As for [`mmio_write`].
+pub unsafe fn mmio_write8(address: u64, value: u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("mov [{}], {}", in(reg) address, in(reg_byte) value, options(nostack, preserves_flags))
+    };
+}
+
+/// Reads a 16-bit device register.
+///
+/// # Safety
+///
+/// As for [`mmio_read`].
+pub unsafe fn mmio_read16(address: u64) -> u16 {
+    let value;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("mov {:x}, [{}]", out(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes a 16-bit device register.
+///
+/// # Safety
+///
+/// As for [`mmio_write`].
+pub unsafe fn mmio_write16(address: u64, value: u16) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("mov [{}], {:x}", in(reg) address, in(reg) value, options(nostack, preserves_flags))
     };
 }
 

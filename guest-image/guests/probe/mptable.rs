@@ -1,7 +1,7 @@
 //! The MP table (Intel MultiProcessor Specification 1.4, chapter 4).
 
 use crate::memory::{checksum_is_zero, find32, peek8, peek32};
-use crate::smp::CpuList;
+use crate::startup::CpuList;
 
 const FLOATING: u32 = u32::from_le_bytes(*b"_MP_");
 const TABLE: u32 = u32::from_le_bytes(*b"PCMP");

@@ -4,12 +4,13 @@ use core::arch::x86_64::CpuidResult;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::acpi::{self, Acpi};
-use crate::boot::{self, BootInfo, Region, string_length};
-use crate::console::{Hex, Print, Text, Two, print, say};
+use crate::boot::{self, BootInfo, Region};
+use crate::console::{Hex, Print, Stored, Text, Two, print, say};
 use crate::cpu::{self, Deadline};
 use crate::entry::{self, PROTOCOL_PVH};
-use crate::smp::CpuList;
-use crate::{apic, interrupts, memory, mptable, rtc, shell, smp, uart};
+use crate::memory::string_length;
+use crate::startup::CpuList;
+use crate::{apic, interrupts, memory, mptable, rtc, shell, smp, startup, traps, uart};
 
 static FAILED: AtomicU32 = AtomicU32::new(0);
 
@@ -30,8 +31,8 @@ fn verdict(result: Result<(), &str>) {
 /// The kernel's first Rust function.
 pub extern "C" fn main() -> ! {
     uart::init();
-    interrupts::init();
-    interrupts::load();
+    traps::init();
+    traps::load();
     say!();
     say!("probe: rhyve's probe kernel");
     run();
@@ -139,7 +140,7 @@ fn loader() -> BootInfo {
         for text in [info.name, info.kind] {
             if text != 0 {
                 print!(" \"");
-                text_at(text, string_length(text));
+                Stored(text, string_length(text)).print();
                 print!("\"");
             }
         }
@@ -152,15 +153,6 @@ fn loader() -> BootInfo {
     }
     verdict(info.map(drop));
     info.unwrap_or_default()
-}
-
-/// Prints a text that lies in memory.
-fn text_at(address: u64, length: u64) {
-    for offset in (0..length).step_by(8) {
-        let word = memory::peek64(address + offset).unwrap_or(0).to_le_bytes();
-        let some = (length - offset).min(8) as usize;
-        Text(word.get(..some).unwrap_or(&word)).print();
-    }
 }
 
 /// Prints one region of the memory map.
@@ -215,13 +207,13 @@ fn texts(info: &BootInfo) {
     if info.command_line != 0 {
         given = true;
         print!("probe: command line \"");
-        text_at(info.command_line, string_length(info.command_line));
+        Stored(info.command_line, string_length(info.command_line)).print();
         say!("\"");
     }
     info.for_each_variable(|address, length| {
         given = true;
         print!("probe: environment ");
-        text_at(address, length);
+        Stored(address, length).print();
         say!();
     });
     if !given {
@@ -363,7 +355,7 @@ fn acpi_tables(acpi: &Acpi, platform: &mut Platform) {
     print!("\"");
     for table in acpi.tables() {
         print!(" ");
-        text_at(table, 4);
+        Stored(table, 4).print();
     }
     verdict(acpi.check());
     if let Some(madt) = acpi.madt() {
@@ -509,12 +501,12 @@ fn other_cpus(platform: &Platform) {
         print!("probe: cpu0 apic ", own);
         verdict(Err("the tables do not list the CPU that runs"));
     }
-    smp::prepare();
+    startup::prepare();
     let mut number = 0u32;
     for id in cpus.ids().filter(|&id| id != own) {
         number += 1;
         print!("probe: cpu", number, " apic ", id);
-        let up = smp::start(id);
+        let up = startup::start(id);
         if up.is_ok() {
             print!(" up");
         }

@@ -5,14 +5,14 @@ use core::sync::atomic::Ordering;
 use crate::console::{Hex, Text, print, say};
 use crate::cpu::{self, Deadline};
 use crate::smp::{self, Work};
-use crate::{acpi, apic, boot, memory, report, uart};
+use crate::{acpi, apic, blk, boot, memory, net, pci, report, uart};
 
 /// Words and numbers of a line.
-struct Words<'a>(&'a [u8]);
+pub struct Words<'a>(&'a [u8]);
 
 impl<'a> Words<'a> {
     /// The next word.
-    fn word(&mut self) -> Option<&'a [u8]> {
+    pub fn word(&mut self) -> Option<&'a [u8]> {
         let start = self.0.iter().position(|&byte| byte != b' ')?;
         let (_, rest) = self.0.split_at_checked(start)?;
         let end = rest
@@ -25,7 +25,7 @@ impl<'a> Words<'a> {
     }
 
     /// The next word as a number: decimal, or hexadecimal with 0x.
-    fn number(&mut self) -> Option<u64> {
+    pub fn number(&mut self) -> Option<u64> {
         let word = self.word()?;
         let (digits, base) = match word.strip_prefix(b"0x") {
             Some(digits) => (digits, 16),
@@ -117,6 +117,21 @@ const COMMANDS: &[Command] = &[
         name: "ports",
         help: "[SEED [COUNT [all]]]: write random ports; all: on every CPU",
         run: ports,
+    },
+    Command {
+        name: "pci",
+        help: "the functions on the bus",
+        run: |_| pci::list(),
+    },
+    Command {
+        name: "blk",
+        help: "legacy|modern [N], write|read SECTOR COUNT SEED, flush, id, log SECTOR COUNT",
+        run: blk::run,
+    },
+    Command {
+        name: "net",
+        help: "legacy|modern [N], ping COUNT SEED",
+        run: net::run,
     },
     Command {
         name: "spin",

@@ -3,19 +3,31 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use vmm_api::name::VmName;
+
 use super::{Board, BuildError};
 use crate::block;
-use crate::config::{BlkSpec, Era, MachineSpec, PciAddress, RndSpec, SlotDevice, SlotSpec};
+use crate::config::{
+    BlkSpec, Era, MacAddress, MachineSpec, PciAddress, PortSpec, RndSpec, SlotDevice, SlotSpec,
+};
+use crate::console::{Attached, Console, attach};
 use crate::firmware::{Ecam, IOAPIC_BASE, IntxRoute, PCI_HOLE};
 use crate::irq::{Fork, WiredOr};
 use crate::isa::reset::ResetControl;
-use crate::machine::KvmEvents;
+use crate::machine::{Function, KvmEvents};
+use crate::net;
 use crate::pci::{
     Buses, ConfigPorts, EcamWindow, HostBridge, Intx, IntxPin, PciBus, PciFunction, Placement,
 };
+use crate::saving::Savers;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
+use crate::virtio::console::{Port, VirtioConsole};
+use crate::virtio::net::Net;
+use crate::virtio::p9::P9;
 use crate::virtio::transport::{self, Transport, VirtioPci};
-use crate::virtio::{Rnd, VirtioDevice};
+use crate::virtio::vsock::{SocketFile, Vsock};
+use crate::virtio::{Rnd, Vintage, VirtioDevice};
 
 /// Where bhyve had its configuration space in memory (sys/amd64/vmm, usr.sbin/bhyve/pci_emul.c).
 const ECAM_BASE: u32 = 0xe000_0000;
@@ -68,20 +80,57 @@ pub(super) fn intx_routes(slots: &[SlotSpec]) -> Vec<IntxRoute> {
     routes
 }
 
+/// Looks whether the balloons that are asked for can be.
+pub(super) fn check_balloons(slots: &[SlotSpec], wired: bool) -> Result<(), BuildError> {
+    let balloons = slots
+        .iter()
+        .filter(|slot| matches!(slot.device, SlotDevice::VirtioBalloon(_)));
+    for (number, slot) in balloons.enumerate() {
+        let problem = match (wired, number) {
+            (true, _) => "memory that is wired (-S) is not given back: leave one of them out",
+            (false, 0) => continue,
+            (false, _) => "there is another: leave one of them out",
+        };
+        return Err(BuildError::Balloon {
+            address: slot.address,
+            problem,
+        });
+    }
+    Ok(())
+}
+
+/// What was put on the bus.
+pub(super) struct Plugged {
+    /// All functions, by address.
+    pub functions: Vec<Function>,
+    /// The balloon among them.
+    pub balloon: Option<Arc<Balloon>>,
+    /// The disks, by address.
+    pub disks: Vec<(PciAddress, Arc<Blk>)>,
+    /// The network cards, by address.
+    pub cards: Vec<(PciAddress, Arc<Net>)>,
+    /// Where the ports of their consoles lead.
+    pub consoles: Vec<Attached>,
+    /// Where programs of the host connect to.
+    pub sockets: Vec<SocketFile>,
+}
+
 /// Puts functions on the bus.
 struct Backplane<'a> {
     board: &'a Board<'a>,
+    vm: &'a VmName,
+    era: Era,
     virtio: transport::Board,
     placement: Placement,
     lines: BTreeMap<u8, Arc<WiredOr>>,
-    devices: Vec<Arc<VirtioPci>>,
+    plugged: Plugged,
 }
 
 impl Backplane<'_> {
     fn function(&mut self, slot: &SlotSpec) -> Result<Arc<dyn PciFunction>, BuildError> {
         Ok(match &slot.device {
-            SlotDevice::HostBridge => HostBridge::new(),
-            SlotDevice::AmdHostBridge => HostBridge::amd(),
+            SlotDevice::HostBridge => self.plain(slot, HostBridge::new()),
+            SlotDevice::AmdHostBridge => self.plain(slot, HostBridge::amd()),
             SlotDevice::VirtioBlk(BlkSpec {
                 disk,
                 transport,
@@ -93,7 +142,60 @@ impl Backplane<'_> {
                     "rhyve: virtio-blk at {}: {path}: {info}, {engine}",
                     slot.address
                 );
+                self.plugged.disks.push((slot.address, blk.clone()));
                 self.virtio(slot.address, blk, *transport)?
+            }
+            SlotDevice::VirtioNet(spec) => {
+                let backend = net::open(spec)?;
+                let (address, label) = (slot.address, &backend.info().label);
+                let custom = || MacAddress::customary(self.vm, address);
+                let mac = spec.mac.unwrap_or_else(custom);
+                eprintln!("rhyve: virtio-net at {address}: {label}, {mac}");
+                let (mevent, pairs) = (self.board.mevent.clone(), spec.queues.get());
+                let card = Net::new(mevent, backend, mac, spec.mtu, pairs);
+                self.plugged.cards.push((address, card.clone()));
+                self.virtio(address, card, spec.transport)?
+            }
+            SlotDevice::VirtioConsole(spec) => {
+                let mut ports = Vec::new();
+                for port in &spec.ports {
+                    let wire = Console::new();
+                    let attached = self.attach(slot.address, port, &wire)?;
+                    ports.push(Port {
+                        name: port.name.clone(),
+                        console: port.is_console(),
+                        place: attached
+                            .location()
+                            .map_or_else(|| port.conf.to_string(), str::to_owned),
+                        wire,
+                    });
+                    self.plugged.consoles.push(attached);
+                }
+                let device = VirtioConsole::new(self.board.mevent.clone(), ports);
+                self.virtio(slot.address, device, spec.transport)?
+            }
+            SlotDevice::VirtioBalloon(spec) => {
+                let board = self.board;
+                let ram = Arc::new(board.ram.clone());
+                let total = ram.layout().total();
+                let balloon = Balloon::new(board.mevent.clone(), ram, total, spec.reporting);
+                self.plugged.balloon = Some(balloon.clone());
+                self.virtio(slot.address, balloon, spec.transport)?
+            }
+            SlotDevice::Virtio9p(spec) => {
+                let p9 = P9::new(spec).map_err(|source| BuildError::Device {
+                    device: slot.device.name(),
+                    source,
+                })?;
+                self.virtio(slot.address, p9, spec.transport)?
+            }
+            SlotDevice::VirtioVsock(spec) => {
+                let (vsock, file) = Vsock::new(spec).map_err(|source| BuildError::Device {
+                    device: slot.device.name(),
+                    source,
+                })?;
+                self.plugged.sockets.push(file);
+                self.virtio(slot.address, vsock, Transport::Modern)?
             }
             SlotDevice::VirtioRnd(RndSpec { transport, rate }) => {
                 let rnd = Rnd::new(self.board.mevent.clone(), *rate);
@@ -106,12 +208,47 @@ impl Backplane<'_> {
         })
     }
 
+    /// Connects a port of a virtio-console.
+    fn attach(
+        &self,
+        address: PciAddress,
+        port: &PortSpec,
+        wire: &Arc<Console>,
+    ) -> Result<Attached, BuildError> {
+        let name = format!("virtio-console at {address}, {}", port.name);
+        let board = self.board;
+        let attached = attach(&board.mevent, &name, &port.conf, wire, board.sink())?;
+        if let Some(place) = attached.location() {
+            eprintln!("rhyve: {name} is at {place}");
+        }
+        Ok(attached)
+    }
+
+    fn plain(&mut self, slot: &SlotSpec, function: Arc<dyn PciFunction>) -> Arc<dyn PciFunction> {
+        self.plugged.functions.push(Function {
+            address: slot.address,
+            kind: slot.device.name(),
+            virtio: None,
+        });
+        function
+    }
+
     fn virtio(
         &mut self,
         address: PciAddress,
         device: Arc<dyn VirtioDevice>,
         transport: Transport,
     ) -> Result<Arc<dyn PciFunction>, BuildError> {
+        let era = self.era;
+        let device = if era == Era::Y2012 {
+            Vintage::of(device)
+        } else {
+            device
+        };
+        let transport = match transport {
+            Transport::Customary if era != Era::Today => Transport::Legacy,
+            _ => transport,
+        };
         let IntxRoute { pin, gsi, .. } = route(address);
         let pic = pic_irq(gsi);
         let board = self.board;
@@ -131,22 +268,33 @@ impl Backplane<'_> {
             intx: Intx::new(line.source()),
         };
         let place = &mut self.placement;
+        let kind = device.name();
         let (virtio, function) = VirtioPci::new(device, transport, &self.virtio, pin, place)?;
-        self.devices.push(virtio);
+        self.plugged.functions.push(Function {
+            address,
+            kind,
+            virtio: Some(virtio),
+        });
         Ok(function)
     }
 }
 
 impl Board<'_> {
-    /// Bus 0, and the ports and memory through which guests see it. Returns the devices that work
-    /// by themselves.
-    pub(super) fn pci(&self, spec: &MachineSpec) -> Result<Vec<Arc<VirtioPci>>, BuildError> {
+    /// Bus 0, and the ports and memory through which guests see it. Returns what is on it.
+    pub(super) fn pci(
+        &self,
+        spec: &MachineSpec,
+        savers: &mut Savers,
+    ) -> Result<Plugged, BuildError> {
         let bus = PciBus::new();
+        savers.pci = bus.clone();
         let ecam = ecam(spec);
         let end = ecam.map_or(IOAPIC_BASE, |ecam| ecam.base);
         let events = KvmEvents::new(self.vm.clone());
         let mut backplane = Backplane {
             board: self,
+            vm: &spec.name,
+            era: spec.era,
             virtio: transport::Board {
                 memory: self.ram.for_devices(),
                 buses: Buses {
@@ -158,7 +306,14 @@ impl Board<'_> {
             },
             placement: Placement::new(PCI_HOLE.into()..end.into()),
             lines: BTreeMap::new(),
-            devices: Vec::new(),
+            plugged: Plugged {
+                functions: Vec::new(),
+                balloon: None,
+                disks: Vec::new(),
+                cards: Vec::new(),
+                consoles: Vec::new(),
+                sockets: Vec::new(),
+            },
         };
         for slot in &spec.slots {
             bus.plug(slot.address, backplane.function(slot)?)?;
@@ -167,7 +322,11 @@ impl Board<'_> {
         if let Some(ecam) = ecam {
             EcamWindow::register(bus.clone(), ecam.base.into(), &self.mmio)?;
         }
-        ConfigPorts::new(bus, ResetControl::new(self.sink())).register(&self.ports)?;
-        Ok(backplane.devices)
+        let ports = ConfigPorts::new(bus, ResetControl::new(self.sink()));
+        ports.register(&self.ports)?;
+        savers.isa.push(("pciconf".into(), ports));
+        let mut plugged = backplane.plugged;
+        plugged.functions.sort_by_key(|function| function.address);
+        Ok(plugged)
     }
 }

@@ -302,7 +302,7 @@ mod tests {
         let plain = BlkSpec::parse("disk.img").unwrap();
         assert_eq!(
             (plain.queues.get(), plain.transport),
-            (1, Transport::Transitional)
+            (1, Transport::Customary)
         );
         let err = |conf: &str| BlkSpec::parse(conf).unwrap_err();
         assert_eq!(err(""), BlockConfError::NoPath.into());

@@ -1,5 +1,6 @@
 //! From single flags and variables to a whole machine.
 
+use crate::bvm::{CONSPORT, DBGPORT, DebugPort};
 use crate::console::ConsoleConf;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,8 +10,8 @@ use vmm_api::name::VmName;
 
 use super::com::{ComPort, io_port};
 use super::{
-    ConfigError, Era, LpcSpec, MachineSpec, PciAddress, Problem, RtcBase, SlotDevice, SlotSpec,
-    TopologyRequest,
+    ConfigError, Era, GdbSpec, LpcSpec, MachineSpec, PciAddress, Problem, RtcBase, SlotDevice,
+    SlotSpec, TopologyRequest,
 };
 
 /// Collects flags and variables until they are a [`MachineSpec`].
@@ -39,7 +40,10 @@ pub struct SpecBuilder {
     pub(super) uuid: Option<Uuid>,
     pub(super) slots: BTreeMap<PciAddress, SlotSpec>,
     pub(super) com: [Option<ConsoleConf>; 4],
+    bvmcons: Option<ConsoleConf>,
+    bvmdbg: Option<DebugPort>,
     debug_exit: Option<u16>,
+    pub(super) gdb: Option<GdbSpec>,
 }
 
 impl SpecBuilder {
@@ -65,7 +69,10 @@ impl SpecBuilder {
             uuid: None,
             slots: BTreeMap::new(),
             com: [const { None }; 4],
+            bvmcons: None,
+            bvmdbg: None,
             debug_exit: None,
+            gdb: None,
         }
     }
 
@@ -140,8 +147,36 @@ impl SpecBuilder {
     pub fn lpc(&mut self, text: &str) -> Result<(), Problem> {
         match text.parse()? {
             LpcSpec::Com(com) => self.com[com.port.index()] = Some(com.backend),
+            LpcSpec::BvmCons(backend) => self.bvmcons = Some(backend),
             LpcSpec::DebugExit(port) => self.debug_exit = Some(port),
         }
+        Ok(())
+    }
+
+    /// `-b`: bhyve's short form of `-l bvmcons,stdio`.
+    pub fn bvm_console(&mut self) {
+        self.bvmcons = Some(ConsoleConf::Stdio);
+    }
+
+    /// `-g PORT`: where a debugger reaches the BVM debug port; 0 is nowhere.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub fn bvm_debug(&mut self, port: &str) -> Result<(), Problem> {
+        self.bvmdbg = Some(match port.parse() {
+            Ok(0) => DebugPort::Absent,
+            Ok(port) => DebugPort::At(port),
+            Err(_) => return Err(Problem::TcpPort(port.to_owned())),
+        });
+        Ok(())
+    }
+
+    /// `-G [w][addr:]port`, or `-G [w]unix:path`.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub fn debug_server(&mut self, text: &str) -> Result<(), Problem> {
+        self.gdb = Some(text.parse()?);
         Ok(())
     }
 
@@ -188,9 +223,12 @@ impl SpecBuilder {
             .expected_memory()
             .map_err(|problem| fail("-m", problem))?;
         self.check_slots().map_err(|problem| fail("-s", problem))?;
+        let era = self.era;
+        if era == Era::Y2012 && !self.is_on_stdio() {
+            self.bvmcons.get_or_insert(ConsoleConf::Stdio);
+        }
         self.check_lpc().map_err(|problem| fail("-l", problem))?;
 
-        let era = self.era;
         Ok(MachineSpec {
             name,
             era,
@@ -210,7 +248,13 @@ impl SpecBuilder {
             uuid: self.uuid,
             slots: self.slots.into_values().collect(),
             com: self.com,
+            bvmcons: self.bvmcons,
+            bvmdbg: self.bvmdbg.unwrap_or(match era {
+                Era::Y2012 => DebugPort::OnDemand,
+                Era::Y2014 | Era::Today => DebugPort::Absent,
+            }),
             debug_exit: self.debug_exit,
+            gdb: self.gdb,
         })
     }
 
@@ -253,13 +297,18 @@ impl SpecBuilder {
         Ok(())
     }
 
+    /// The other ends of all consoles.
+    fn consoles(&self) -> impl Iterator<Item = &ConsoleConf> {
+        self.com.iter().chain([&self.bvmcons]).flatten()
+    }
+
+    fn is_on_stdio(&self) -> bool {
+        self.consoles().any(|conf| *conf == ConsoleConf::Stdio)
+    }
+
     /// Looks for two devices that would fight over one thing.
     fn check_lpc(&self) -> Result<(), Problem> {
-        let on_stdio = self
-            .com
-            .iter()
-            .flatten()
-            .filter(|com| **com == ConsoleConf::Stdio);
+        let on_stdio = self.consoles().filter(|conf| **conf == ConsoleConf::Stdio);
         if on_stdio.count() > 1 {
             return Err(Problem::Shared("standard input and output"));
         }
@@ -286,6 +335,8 @@ const PLATFORM_PORTS: &[(u16, u16, &str)] = &[
     (0x84, 0x84, "the POST code"),
     (0xa0, 0xa1, "the interrupt controller"),
     (0xb2, 0xb3, "power management"),
+    (CONSPORT, CONSPORT + 3, "the BVM console"),
+    (DBGPORT, DBGPORT + 3, "the BVM debug port"),
     (0x400, 0x40b, "power management"),
     (0x4d0, 0x4d1, "the interrupt controller"),
     (0xcf8, 0xcff, "PCI configuration"),
@@ -333,6 +384,27 @@ mod tests {
         builder.variable("x86.mptable", "false").unwrap();
         let spec = builder.settle().unwrap();
         assert!(spec.acpi && !spec.mptable);
+    }
+
+    #[test]
+    fn the_console_of_2012_is_on_stdio_unless_something_else_is() {
+        let settle = |era, devices: &[&str]| {
+            let mut builder = named(era);
+            for device in devices {
+                builder.lpc(device).unwrap();
+            }
+            builder.settle().unwrap()
+        };
+        let spec = settle(Era::Y2012, &[]);
+        assert_eq!(spec.bvmcons, Some(ConsoleConf::Stdio));
+        assert_eq!(spec.bvmdbg, DebugPort::OnDemand);
+        assert_eq!(settle(Era::Y2012, &["com1,stdio"]).bvmcons, None);
+        let spec = settle(Era::Y2012, &["com1,stdio", "bvmcons,pty"]);
+        assert_eq!(spec.bvmcons, Some(ConsoleConf::Pty));
+        for era in [Era::Y2014, Era::Today] {
+            let spec = settle(era, &[]);
+            assert_eq!((spec.bvmcons, spec.bvmdbg), (None, DebugPort::Absent));
+        }
     }
 
     #[test]
@@ -414,7 +486,7 @@ mod tests {
                 b.lpc("com1,stdio").unwrap();
                 b.lpc("com2,stdio").unwrap();
             }),
-            "-l: two serial ports cannot share standard input and output: \
+            "-l: two consoles cannot share standard input and output: \
              connect one of them elsewhere"
         );
         assert_eq!(

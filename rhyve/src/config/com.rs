@@ -1,4 +1,4 @@
-//! `-l`: serial ports and what is at their other end.
+//! `-l`: serial ports, the BVM console, and what is at their other end.
 
 use std::str::FromStr;
 
@@ -31,6 +31,8 @@ pub struct ComSpec {
 pub enum LpcSpec {
     /// `comN,CONF`.
     Com(ComSpec),
+    /// `bvmcons,CONF`: the BVM console.
+    BvmCons(ConsoleConf),
     /// `debugexit[,PORT]`: the I/O port of an isa-debug-exit device.
     DebugExit(u16),
 }
@@ -87,6 +89,8 @@ pub fn help() -> String {
       unix:PATH            a Unix socket that rhyve listens on
       tcp=[ADDR:]PORT      a TCP port on loopback that rhyve listens on
       file:PATH            a file; the guest reads nothing
+  bvmcons,CONF             the BVM console (I/O port 0x220) of FreeBSD's
+                           `device bvmconsole`, connected as above
   debugexit[,PORT]         isa-debug-exit at I/O port PORT (0xf4): ends the VM
 Not supported yet:
 ",
@@ -157,8 +161,12 @@ impl FromStr for LpcSpec {
         if let Some((_, why)) = NOT_YET.iter().find(|(known, _)| *known == device) {
             return Err(LpcError::NotYet(device.to_owned(), why));
         }
+        let backend = || conf.ok_or_else(|| LpcError::NoBackend(device.to_owned()));
+        if device == "bvmcons" {
+            return Ok(Self::BvmCons(backend()?.parse()?));
+        }
         let port = device.parse()?;
-        let conf = conf.ok_or_else(|| LpcError::NoBackend(device.to_owned()))?;
+        let conf = backend()?;
         Ok(Self::Com(ComSpec {
             port,
             backend: conf.parse()?,
@@ -177,6 +185,10 @@ mod tests {
             backend: ConsoleConf::Pty,
         };
         assert_eq!("com2,pty".parse(), Ok(LpcSpec::Com(com2)));
+        assert_eq!(
+            "bvmcons,pty".parse(),
+            Ok(LpcSpec::BvmCons(ConsoleConf::Pty))
+        );
         assert_eq!("debugexit".parse(), Ok(LpcSpec::DebugExit(0xf4)));
         assert_eq!("debugexit,0x501".parse(), Ok(LpcSpec::DebugExit(0x501)));
     }
@@ -185,6 +197,7 @@ mod tests {
     fn each_mistake_is_named() {
         let err = |s: &str| s.parse::<LpcSpec>().unwrap_err();
         assert_eq!(err("com1"), LpcError::NoBackend("com1".into()));
+        assert_eq!(err("bvmcons"), LpcError::NoBackend("bvmcons".into()));
         assert!(matches!(err("com1,nmdm"), LpcError::Console(_)));
         assert_eq!(err("com5,stdio"), LpcError::Unknown("com5".into()));
         assert_eq!(err("debugexit,65536"), LpcError::Port("65536".into()));

@@ -11,11 +11,15 @@ use uuid::Uuid;
 use vmm_api::memory::{MemSizeError, MemoryLayout};
 use vmm_api::name::{NameError, VmName};
 
+use crate::bvm::DebugPort;
 use crate::console::ConsoleConf;
 
 mod block;
 mod builder;
 mod com;
+mod devices;
+mod gdb;
+mod net;
 mod slot;
 mod topology;
 mod variable;
@@ -24,6 +28,9 @@ mod virtio;
 pub use block::{AioEngine, BlkSpec, BlockConfError, BlockSpec, ImageFormat};
 pub use builder::SpecBuilder;
 pub use com::{ComPort, ComSpec, LpcError, LpcSpec, help as lpc_help, io_port};
+pub use devices::{BalloonSpec, ConsoleSpec, PortSpec, ShareSpec, VsockSpec};
+pub use gdb::{GdbConfError, GdbPlace, GdbSpec};
+pub use net::{Forward, GATEWAY, GUEST, MacAddress, NetBackend, NetConfError, NetSpec, UserSpec};
 pub use slot::{PciAddress, SlotDevice, SlotError, SlotSpec, help as slot_help};
 pub use topology::{CpuTopology, TopologyError, TopologyRequest};
 pub use virtio::RndSpec;
@@ -31,10 +38,11 @@ pub use virtio::RndSpec;
 /// Which bhyve the machine is to look like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Era {
-    /// The bhyve of 2012: MPtable only, no ACPI unless -A, x2APIC.
+    /// The bhyve of 2012: MPtable only, no ACPI unless -A, x2APIC, virtio 0.9.5 with that year's
+    /// features, BVM console on standard input and output, BVM debug port.
     #[value(name = "2012")]
     Y2012,
-    /// The bhyve of FreeBSD 10: MPtable, ACPI with -A, x2APIC with -x.
+    /// The bhyve of FreeBSD 10: MPtable, ACPI with -A, x2APIC with -x, virtio 0.9.5.
     #[value(name = "2014")]
     Y2014,
     /// ACPI, MPtable, SMBIOS, x2APIC.
@@ -91,8 +99,14 @@ pub struct MachineSpec {
     pub slots: Vec<SlotSpec>,
     /// The serial ports, com1 first.
     pub com: [Option<ConsoleConf>; 4],
+    /// What the BVM console is connected to, if there is one.
+    pub bvmcons: Option<ConsoleConf>,
+    /// Where a debugger finds the BVM debug port.
+    pub bvmdbg: DebugPort,
     /// I/O port of an isa-debug-exit device, if there is to be one.
     pub debug_exit: Option<u16>,
+    /// A debug server, if there is to be one.
+    pub gdb: Option<GdbSpec>,
 }
 
 /// Why the words make no machine: which of them, what is wrong and what to do.
@@ -120,6 +134,9 @@ pub enum Problem {
     /// `-o` without a value.
     #[error("write -o NAME=VALUE, as in -o rtc.use_localtime=false")]
     NoValue,
+    /// Not a TCP port.
+    #[error("'{0}' is not a TCP port: write a number up to 65535; 0 is no debug port")]
+    TcpPort(String),
     /// Not a boolean.
     #[error("'{0}' is neither true nor false")]
     Boolean(String),
@@ -149,8 +166,8 @@ pub enum Problem {
     /// A function guests never look for.
     #[error("guests look at a slot's other functions only if it has function 0: fill {0} first")]
     NoFunctionZero(PciAddress),
-    /// Two serial ports at one other end.
-    #[error("two serial ports cannot share {0}: connect one of them elsewhere")]
+    /// Two consoles at one other end.
+    #[error("two consoles cannot share {0}: connect one of them elsewhere")]
     Shared(&'static str),
     /// One port for two devices.
     #[error("I/O port {0:#x} belongs to {1}: take another, as in 0xf4")]
@@ -164,6 +181,9 @@ pub enum Problem {
     /// Two names.
     #[error("the VM is also called '{0}': give one name")]
     TwoNames(VmName),
+    /// A bad place for the debug server.
+    #[error(transparent)]
+    Gdb(#[from] GdbConfError),
     /// A bad memory size.
     #[error(transparent)]
     Size(#[from] MemSizeError),

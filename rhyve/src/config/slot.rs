@@ -3,7 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{BlkSpec, BlockConfError, RndSpec};
+use super::{BalloonSpec, BlkSpec, BlockConfError, ConsoleSpec, RndSpec, ShareSpec, VsockSpec};
+use super::{NetConfError, NetSpec};
 
 /// The place of a PCI function: bus, device (bhyve says slot) and function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +27,16 @@ pub enum SlotDevice {
     AmdHostBridge,
     /// A disk.
     VirtioBlk(BlkSpec),
+    /// Serial ports of virtio's kind.
+    VirtioConsole(ConsoleSpec),
+    /// Takes memory from the guest and gives it back.
+    VirtioBalloon(BalloonSpec),
+    /// A directory of the host.
+    Virtio9p(ShareSpec),
+    /// Sockets between guest and host.
+    VirtioVsock(VsockSpec),
+    /// A network card.
+    VirtioNet(NetSpec),
     /// Random numbers of the host.
     VirtioRnd(RndSpec),
 }
@@ -80,9 +91,22 @@ pub enum SlotError {
         /// What there is.
         known: &'static str,
     },
+    /// What the emulation cannot do without is missing or wrong.
+    #[error("{device} is given by {wanted}, not by '{given}'")]
+    Wanted {
+        /// The emulation.
+        device: &'static str,
+        /// What was given.
+        given: String,
+        /// What it takes.
+        wanted: &'static str,
+    },
     /// A disk cannot be so.
     #[error(transparent)]
     Block(#[from] BlockConfError),
+    /// A network card cannot be so.
+    #[error(transparent)]
+    Net(#[from] NetConfError),
     /// An option cannot have this value.
     #[error("{option}= is {wanted}, not '{value}'")]
     Value {
@@ -100,7 +124,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ahci", "it is not there yet; disks are virtio-blk"),
     ("ahci-cd", "it is not there yet; disks are virtio-blk"),
     ("ahci-hd", "it is not there yet; disks are virtio-blk"),
-    ("e1000", "there are no network devices yet"),
+    ("e1000", "it is not there yet; network cards are virtio-net"),
     ("fbuf", "there is no display; the console is -l com1,stdio"),
     ("hda", "there are no sound devices"),
     (
@@ -113,13 +137,7 @@ const NOT_YET: &[(&str, &str)] = &[
         "uart",
         "there are no PCI serial ports; use -l com1 to -l com4",
     ),
-    ("virtio-9p", "host directories cannot be shared yet"),
-    (
-        "virtio-console",
-        "it is not there yet; the console is -l com1,stdio",
-    ),
     ("virtio-input", "there are no input devices"),
-    ("virtio-net", "there are no network devices yet"),
     ("virtio-scsi", "it is not there yet; disks are virtio-blk"),
     ("xhci", "there is no USB"),
 ];
@@ -134,6 +152,23 @@ pub fn help() -> String {
         ),
         ("amd_hostbridge", "host bridge with AMD's identity"),
         ("virtio-blk", "disk with the image PATH"),
+        ("virtio-net", "network card at BACKEND"),
+        (
+            "virtio-console",
+            "ports NAME=stdio|pty|unix:PATH|file:PATH|tcp=PORT; console... is a console",
+        ),
+        (
+            "virtio-balloon",
+            "takes memory back (vmmctl --set-balloon=); reporting=off: only then",
+        ),
+        (
+            "virtio-9p",
+            "the host's DIRECTORY, by TAG=DIRECTORY; ro: it cannot be changed",
+        ),
+        (
+            "virtio-vsock",
+            "sockets: path=SOCKET on the host, cid=N of the guest (3)",
+        ),
         (
             "virtio-rnd",
             "random numbers of the host; rate=BYTES a second at most",
@@ -142,6 +177,7 @@ pub fn help() -> String {
         text += &format!("  {name:<16}{about}\n");
     }
     text += super::block::HELP;
+    text += super::net::HELP;
     text += "virtio devices have the registers that virtio= says:\n";
     text += "  legacy          those of virtio 0.9.5\n";
     text += "  modern          those of virtio 1.0 and later\n";
@@ -160,6 +196,11 @@ impl SlotDevice {
             Self::HostBridge => "hostbridge",
             Self::AmdHostBridge => "amd_hostbridge",
             Self::VirtioBlk(_) => "virtio-blk",
+            Self::VirtioConsole(_) => "virtio-console",
+            Self::VirtioBalloon(_) => "virtio-balloon",
+            Self::Virtio9p(_) => "virtio-9p",
+            Self::VirtioVsock(_) => "virtio-vsock",
+            Self::VirtioNet(_) => "virtio-net",
             Self::VirtioRnd(_) => "virtio-rnd",
         }
     }
@@ -175,6 +216,11 @@ impl SlotDevice {
             "hostbridge" => Self::HostBridge,
             "amd_hostbridge" => Self::AmdHostBridge,
             "virtio-blk" => return BlkSpec::parse(conf).map(Self::VirtioBlk),
+            "virtio-console" => return ConsoleSpec::parse(conf).map(Self::VirtioConsole),
+            "virtio-balloon" => return BalloonSpec::parse(conf).map(Self::VirtioBalloon),
+            "virtio-9p" => return ShareSpec::parse(conf).map(Self::Virtio9p),
+            "virtio-vsock" => return VsockSpec::parse(conf).map(Self::VirtioVsock),
+            "virtio-net" => return NetSpec::parse(conf).map(Self::VirtioNet),
             "virtio-rnd" => return RndSpec::parse(conf).map(Self::VirtioRnd),
             _ => {
                 let known = NOT_YET.iter().find(|(known, _)| *known == name);

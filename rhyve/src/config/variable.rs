@@ -49,7 +49,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("chassis.", "the SMBIOS texts are fixed; -U sets the UUID"),
     ("config.dump", "the settings cannot be printed yet"),
     ("fwcfg.", "there is no firmware that would read it"),
-    ("gdb.", NO_GDB),
+    ("gdb.", "write -G [w][ADDRESS:]PORT"),
     ("keyboard.layout", "there is no display and so no keyboard"),
     (
         "lpc.bootrom",
@@ -77,10 +77,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("virtio_msix", NO_VIRTIO),
     ("x86.verbosemsr", "use --trace rhyve::msr=trace"),
 ];
-
-/// Why the debug server is refused.
-pub(super) const NO_GDB: &str =
-    "there is no debug server; vmmctl reads and sets the registers of a running VM";
 
 /// Why virtio's settings are refused.
 pub(super) const NO_VIRTIO: &str = "there are no virtio devices whose interrupts it could change";

@@ -58,6 +58,13 @@ impl Attached {
     }
 }
 
+impl Attached {
+    /// The terminal at this end may have another size now.
+    pub fn resized(&self) {
+        self.driver.wake(Wake::Now);
+    }
+}
+
 impl Drop for Attached {
     fn drop(&mut self) {
         self.driver.close();

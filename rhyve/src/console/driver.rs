@@ -208,7 +208,19 @@ impl Driver {
                 .waiting
                 .set_interest(if room { Ready::READ } else { Ready::empty() });
         }
+        self.look();
         self.console.notify_guest();
+    }
+
+    /// Tells the wire who is at this end. True if that is news.
+    fn look(&self) -> bool {
+        let guard = self.link();
+        let link = guard.as_ref().filter(|link| !link.absent);
+        let attended = link.is_some_and(|link| link.input.is_some() || link.output.is_some());
+        let input = link.and_then(|link| link.input.as_ref());
+        let size = input.and_then(|input| endpoint::window_size(input.fd.as_fd()));
+        drop(guard);
+        self.console.set_host(attended, size)
     }
 
     fn drain(&self) {
@@ -289,6 +301,10 @@ impl Driver {
                     Peer::Pty => self.lost_pty(link),
                     Peer::Client => *guard = None,
                 }
+                drop(guard);
+                if self.look() {
+                    self.console.notify_guest();
+                }
                 return;
             }
         };
@@ -307,6 +323,7 @@ impl Driver {
             let _ = output.writer.write(HELP.as_bytes());
         }
         drop(guard);
+        self.look();
         self.console.push_input(&pass);
         for action in actions {
             match action {

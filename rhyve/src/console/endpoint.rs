@@ -102,6 +102,12 @@ fn reopen(fd: BorrowedFd<'_>, access: OFlag) -> Option<OwnedFd> {
     open(path.as_str(), flags, Mode::empty()).ok()
 }
 
+/// Columns and rows of a terminal, if it is one and knows them.
+pub(super) fn window_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(fd).ok()?;
+    (size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))
+}
+
 fn writable(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))

@@ -21,8 +21,8 @@ mod escape;
 mod terminal;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 pub use attach::{Attached, ConsoleError, attach};
 pub use conf::{ConfError, ConsoleConf};
@@ -31,6 +31,14 @@ pub use terminal::restore_terminals;
 /// How long the first byte of a burst waits for company. A 16550A at 115200 baud needs 1.4 ms to
 /// empty its FIFO, so no guest sees a slower line than it would on a board.
 pub const COALESCE: Duration = Duration::from_millis(1);
+
+/// When a guest first had something to say on any wire of this process.
+static FIRST_OUTPUT: OnceLock<Instant> = OnceLock::new();
+
+/// When the guest sent its first byte to a console, if it has.
+pub fn first_output() -> Option<Instant> {
+    FIRST_OUTPUT.get().copied()
+}
 
 /// Bytes of output the wire holds.
 const OUTPUT_CAPACITY: usize = 4096;
@@ -67,6 +75,10 @@ struct Buffers {
     dropped: u64,
     /// The host's end was there, and left.
     host_gone: bool,
+    /// Somebody is at the host's end: a client, a terminal, a file.
+    attended: bool,
+    /// Columns and rows of the terminal there.
+    size: Option<(u16, u16)>,
 }
 
 /// A wire between a device model and the host.
@@ -76,6 +88,8 @@ struct Buffers {
 #[derive(Default)]
 pub struct Console {
     buffers: Mutex<Buffers>,
+    /// Output has gone.
+    room: Condvar,
     host: OnceLock<Weak<dyn HostEnd>>,
     guest: OnceLock<Weak<dyn GuestEnd>>,
 }
@@ -106,6 +120,22 @@ impl Console {
         self.discard_output();
     }
 
+    /// Device: as [`Console::send`], for one that has no busy transmitter to show: waits up to
+    /// `patience` for room.
+    pub fn send_within(&self, byte: u8, patience: Duration) -> bool {
+        if self.send(byte) {
+            return true;
+        }
+        self.wake(Wake::Now);
+        let full = |buffers: &mut Buffers| buffers.output.len() >= OUTPUT_CAPACITY;
+        let waited = self
+            .room
+            .wait_timeout_while(self.buffers(), patience, full)
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(waited);
+        self.send(byte)
+    }
+
     /// Device: asks for a [`GuestEnd::console_event`].
     pub fn wake(&self, when: Wake) {
         if let Some(host) = self.host.get().and_then(Weak::upgrade) {
@@ -115,23 +145,49 @@ impl Console {
 
     /// Device: one byte to the host; false, and the byte not taken, if the wire is full.
     pub fn send(&self, byte: u8) -> bool {
+        self.send_some(&[byte]) == 1
+    }
+
+    /// Device: bytes to the host; returns how many of them the wire takes.
+    pub fn send_some(&self, bytes: &[u8]) -> usize {
+        const HALF: usize = OUTPUT_CAPACITY / 2;
+        FIRST_OUTPUT.get_or_init(Instant::now);
         let mut buffers = self.buffers();
         if buffers.host_gone {
-            buffers.dropped += 1;
-            return true;
+            buffers.dropped += bytes.len() as u64;
+            return bytes.len();
         }
         let before = buffers.output.len();
-        if before >= OUTPUT_CAPACITY {
-            return false;
-        }
-        buffers.output.push_back(byte);
+        let taken = bytes.len().min(OUTPUT_CAPACITY.saturating_sub(before));
+        buffers.output.extend(bytes.iter().take(taken));
         drop(buffers);
-        if before == 0 {
-            self.wake(Wake::Soon);
-        } else if before + 1 == OUTPUT_CAPACITY / 2 {
+        if before < HALF && before + taken >= HALF {
             self.wake(Wake::Now);
+        } else if before == 0 && taken != 0 {
+            self.wake(Wake::Soon);
         }
-        true
+        taken
+    }
+
+    /// Device: whether somebody is at the host's end.
+    pub fn is_attended(&self) -> bool {
+        self.buffers().attended
+    }
+
+    /// Device: columns and rows of the terminal at the host's end, if there is one.
+    pub fn size(&self) -> Option<(u16, u16)> {
+        self.buffers().size
+    }
+
+    /// Host: whether somebody is there, and the size of the terminal. True if that is news, which the
+    /// device is then to be told ([`Console::notify_guest`]).
+    pub(crate) fn set_host(&self, attended: bool, size: Option<(u16, u16)>) -> bool {
+        let mut buffers = self.buffers();
+        // A terminal that is gone keeps its size.
+        let size = size.or(buffers.size);
+        let news = (buffers.attended, buffers.size) != (attended, size);
+        (buffers.attended, buffers.size) = (attended, size);
+        news
     }
 
     /// Device: how many bytes [`Console::send`] takes now.
@@ -146,26 +202,50 @@ impl Console {
 
     /// Device: the next byte from the host.
     pub fn receive(&self) -> Option<u8> {
+        let mut byte = [0];
+        (self.receive_some(&mut byte) == 1).then_some(byte[0])
+    }
+
+    /// Device: what has come from the host, as far as there is room for it; returns how much.
+    pub fn receive_some(&self, into: &mut [u8]) -> usize {
+        const HALF: usize = INPUT_CAPACITY / 2;
         let mut buffers = self.buffers();
-        // The host's end stopped reading near the top, and starts again half-way down.
-        let half = buffers.input.len() == INPUT_CAPACITY / 2;
-        let byte = buffers.input.pop_front();
+        let before = buffers.input.len();
+        let taken = before.min(into.len());
+        for (to, from) in into.iter_mut().zip(buffers.input.drain(..taken)) {
+            *to = from;
+        }
         drop(buffers);
-        if half {
+        // The host's end stopped reading near the top, and starts again half-way down.
+        if before >= HALF && before - taken < HALF {
             self.wake(Wake::Soon);
         }
-        byte
+        taken
+    }
+
+    /// Device: what there is to receive, without taking it.
+    pub fn pending_input(&self) -> Vec<u8> {
+        self.buffers().input.iter().copied().collect()
+    }
+
+    /// Device: puts input before what there is to receive.
+    pub fn put_back(&self, bytes: &[u8]) {
+        let mut buffers = self.buffers();
+        for &byte in bytes.iter().rev() {
+            buffers.input.push_front(byte);
+        }
     }
 
     /// Host: how many bytes of input fit.
     pub fn input_room(&self) -> usize {
-        INPUT_CAPACITY - self.buffers().input.len()
+        INPUT_CAPACITY.saturating_sub(self.buffers().input.len())
     }
 
     /// Host: input for the device; returns how much of it was taken.
     pub fn push_input(&self, bytes: &[u8]) -> usize {
         let mut buffers = self.buffers();
-        let taken = bytes.len().min(INPUT_CAPACITY - buffers.input.len());
+        let room = INPUT_CAPACITY.saturating_sub(buffers.input.len());
+        let taken = bytes.len().min(room);
         buffers.input.extend(bytes.iter().take(taken));
         drop(buffers);
         self.notify_guest();
@@ -193,6 +273,7 @@ impl Console {
         let mut buffers = self.buffers();
         let count = count.min(buffers.output.len());
         buffers.output.drain(..count);
+        self.room.notify_all();
     }
 
     /// Host: throws pending output away, because nobody is there to read it.
@@ -200,6 +281,7 @@ impl Console {
         let mut buffers = self.buffers();
         buffers.dropped += buffers.output.len() as u64;
         buffers.output.clear();
+        self.room.notify_all();
     }
 
     /// Bytes of output dropped because nobody was there.

@@ -48,8 +48,8 @@ pub use smbios::default_uuid;
 pub const MPTABLE_BASE: u64 = 0xf_0000;
 /// Where the SMBIOS entry point is: guests scan 0xf0000 to 0xfffff on 16-byte boundaries.
 pub const SMBIOS_BASE: u64 = 0xf_2000;
-/// Where the ACPI RSDP is, as in bhyve; guests also find it by scanning 0xe0000 to 0xfffff.
-pub const RSDP_BASE: u64 = 0xf_2400;
+/// Where the ACPI RSDP is; guests also find it by scanning 0xe0000 to 0xfffff.
+pub use vmm_api::boot::RSDP_BASE;
 /// Where the SMBIOS structures are.
 const SMBIOS_TABLE_BASE: u64 = 0xe_0000;
 /// End of the BIOS area.

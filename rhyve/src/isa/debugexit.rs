@@ -36,6 +36,10 @@ impl DebugExit {
 }
 
 impl InOut for DebugExit {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn width(&self) -> IoSize {
         IoSize::Dword
     }

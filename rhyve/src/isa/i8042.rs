@@ -9,7 +9,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use vmm_api::state::{DeviceState, StateError};
+
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
+use crate::lifecycle::{self, Lifecycle};
 use crate::suspend::{SuspendHow, SuspendSink};
 
 /// Data.
@@ -52,7 +55,23 @@ impl I8042 {
     }
 }
 
+impl Lifecycle for I8042 {
+    fn save(&self) -> Result<DeviceState, String> {
+        lifecycle::save("i8042", 1, &self.writes_output_port.load(Relaxed))
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let writes = lifecycle::load("i8042", 1, state)?;
+        self.writes_output_port.store(writes, Relaxed);
+        Ok(())
+    }
+}
+
 impl InOut for I8042 {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn read(&self, port: u16, _size: IoSize) -> u32 {
         if port == COMMAND { STATUS } else { 0xff }
     }

@@ -4,15 +4,20 @@
 //! are of ACPI 6.5, 4.8.3. There is no general-purpose event, no sleep button and no sleep state but S5.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
+use vmm_api::kvm::{Away, host_ns};
+use vmm_api::state::{DeviceState, StateError};
 
 use super::clock::Clock;
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
 use crate::firmware::pm;
 use crate::irq::IrqLine;
+use crate::lifecycle::{self, Lifecycle};
 use crate::mevent::{Mevent, Timer};
 use crate::suspend::{SuspendHow, SuspendSink};
 
@@ -96,6 +101,10 @@ pub struct Pm {
     clock: Arc<dyn Clock>,
     sci: Arc<dyn IrqLine>,
     suspend: Arc<dyn SuspendSink>,
+    /// What the timer is ahead of the host's clock, modulo 2^64.
+    ahead: AtomicU64,
+    /// How long a suspended machine was away.
+    away: Mutex<Away>,
     state: Mutex<State>,
     timer: OnceLock<Timer>,
 }
@@ -112,6 +121,8 @@ impl Pm {
             clock,
             sci,
             suspend,
+            ahead: AtomicU64::new(0),
+            away: Mutex::default(),
             state: Mutex::default(),
             timer: OnceLock::new(),
         })
@@ -153,13 +164,19 @@ impl Pm {
         state.control.contains(Control::SCI_EN) && state.enable.contains(Event::POWER_BUTTON)
     }
 
+    /// A suspended machine was away: said before its state is restored.
+    pub fn set_away(&self, away: Away) {
+        *self.away.lock().unwrap_or_else(PoisonError::into_inner) = away;
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The PM timer, before it is cut to 32 bits.
     fn ticks(&self) -> u64 {
-        (self.clock.monotonic().as_nanos() * TIMER_HZ / 1_000_000_000) as u64
+        let ticks = (self.clock.monotonic().as_nanos() * TIMER_HZ / 1_000_000_000) as u64;
+        ticks.wrapping_add(self.ahead.load(Relaxed))
     }
 
     /// Brings the timer's status and the SCI up to date.
@@ -197,7 +214,62 @@ impl Pm {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    status: u16,
+    enable: u16,
+    control: u16,
+    smi_command: u8,
+    ticks: u64,
+    at_ns: u64,
+}
+
+const KIND: &str = "pm";
+
+impl Lifecycle for Pm {
+    fn save(&self) -> Result<DeviceState, String> {
+        let mut state = self.state();
+        self.update(&mut state);
+        let saved = Saved {
+            status: state.status.bits(),
+            enable: state.enable.bits(),
+            control: state.control.bits(),
+            smi_command: state.smi_command,
+            ticks: self.ticks(),
+            at_ns: host_ns(),
+        };
+        lifecycle::save(KIND, 1, &saved)
+    }
+
+    /// The timer goes on from where it was.
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let saved: Saved = lifecycle::load(KIND, 1, state)?;
+        // So far that it does not wrap in the lifetime of any host.
+        let away = *self.away.lock().unwrap_or_else(PoisonError::into_inner);
+        let passed = away.ticks_since(saved.at_ns, TIMER_HZ as u64);
+        let ticks = saved.ticks.wrapping_add(passed) & (u64::MAX >> 8);
+        let mut state = self.state();
+        let ahead = self.ahead.load(Relaxed);
+        let now = self.ticks().wrapping_sub(ahead);
+        self.ahead.store(ticks.wrapping_sub(now), Relaxed);
+        *state = State {
+            status: Event::from_bits_truncate(saved.status),
+            enable: Event::from_bits_truncate(saved.enable),
+            control: Control::from_bits_truncate(saved.control) - Control::SLP_EN,
+            smi_command: saved.smi_command,
+            half_turns: ticks >> 31,
+            asserted: false,
+        };
+        self.update(&mut state);
+        Ok(())
+    }
+}
+
 impl InOut for Pm {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn width(&self) -> IoSize {
         IoSize::Dword
     }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+use vmm_api::state::{DeviceState, StateError};
+
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
+use crate::lifecycle::{self, Lifecycle};
 
 /// Where power-on self-tests write their progress, and Linux its delays.
 const POST: u16 = 0x80;
@@ -37,7 +40,22 @@ impl Post {
     }
 }
 
+impl Lifecycle for Post {
+    fn save(&self) -> Result<DeviceState, String> {
+        lifecycle::save("post", 1, &self.last())
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        self.last.store(lifecycle::load("post", 1, state)?, Relaxed);
+        Ok(())
+    }
+}
+
 impl InOut for Post {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn read(&self, port: u16, _size: IoSize) -> u32 {
         if port == POST {
             u32::from(self.last())

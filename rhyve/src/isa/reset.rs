@@ -38,6 +38,11 @@ impl ResetControl {
         self.value.load(Relaxed)
     }
 
+    /// Goes on from what a guest had written, without doing it again.
+    pub fn restore(&self, value: u8) {
+        self.value.store(value & (SYSTEM | TRIGGER | FULL), Relaxed);
+    }
+
     /// What a guest writes.
     pub fn write(&self, value: u8) {
         let before = self.value.swap(value & (SYSTEM | TRIGGER | FULL), Relaxed);

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use super::config::{BAR0, COMMAND, HEADER_TYPE};
 use crate::bus::IoSize;
 use crate::config::PciAddress;
+use crate::lifecycle::Lifecycle;
 
 /// Header type: the device has more than one function.
 const MULTI_FUNCTION: u32 = 0x80;
@@ -43,6 +44,11 @@ pub trait PciFunction: Send + Sync {
 
     /// Writes `size` at `register`; the access does not cross a multiple of 4.
     fn config_write(&self, register: u8, size: IoSize, value: u32);
+
+    /// How its state is saved; a machine with a function that has none cannot be suspended.
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        None
+    }
 
     /// Addresses have become free: a BAR that was in the way of another may now have its own.
     fn claim_bars(&self) {}
@@ -108,6 +114,19 @@ impl PciBus {
         }
     }
 
+    /// All functions, and where each is.
+    pub fn functions(&self) -> Vec<(Target, Arc<dyn PciFunction>)> {
+        let functions = (0..).zip(self.lock().clone());
+        let there = |(devfn, function): (u8, Option<_>)| Some((Target::new(0, devfn), function?));
+        functions.filter_map(there).collect()
+    }
+
+    /// Lets every BAR that was in the way of another find its place.
+    pub fn claim_bars(&self) {
+        let functions = self.lock().clone();
+        functions.iter().flatten().for_each(|f| f.claim_bars());
+    }
+
     /// A configuration read, which does not cross a multiple of 4; all ones if nobody is there.
     pub fn read(&self, target: Target, register: u8, size: IoSize) -> u32 {
         let Some(function) = self.find(target) else {
@@ -134,8 +153,7 @@ impl PciBus {
         function.config_write(register, size, value);
         // A BAR may have moved.
         if (COMMAND..END_OF_BARS).contains(&register) {
-            let functions = self.lock().clone();
-            functions.iter().flatten().for_each(|f| f.claim_bars());
+            self.claim_bars();
         }
     }
 

@@ -1,5 +1,7 @@
 //! A function's 256 bytes of configuration space.
 
+use vmm_api::state::StateError;
+
 use crate::bus::IoSize;
 
 /// Offset of the first base address register.
@@ -132,6 +134,30 @@ impl ConfigSpace {
     pub fn set_interrupt_pin(&mut self, pin: u8, line: u8) {
         self.set(offset::INTERRUPT_PIN, &[pin]);
         self.set(offset::INTERRUPT_LINE, &[line]);
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
+        &self.value
+    }
+
+    /// Takes over what a guest has written to a function like this one.
+    ///
+    /// # Errors
+    ///
+    /// It is not one like this.
+    pub fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let other = || StateError::Value("the function there was another one".into());
+        let bytes: &[u8; 256] = bytes.try_into().map_err(|_| other())?;
+        let masks = self.writable.iter().zip(&self.cleared);
+        let same = |((now, then), (writable, cleared)): ((&u8, &u8), (&u8, &u8))| {
+            (now ^ then) & !(writable | cleared) == 0
+        };
+        if !self.value.iter().zip(bytes).zip(masks).all(same) {
+            return Err(other());
+        }
+        self.value = *bytes;
+        Ok(())
     }
 
     /// What a guest reads at `at`, which is a multiple of nothing: bytes beyond the space float.

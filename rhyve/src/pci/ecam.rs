@@ -52,6 +52,10 @@ fn parts(gpa: u64, len: usize) -> impl Iterator<Item = (usize, IoSize)> {
 }
 
 impl Mmio for EcamWindow {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn read(&self, gpa: u64, data: &mut [u8]) {
         for (at, size) in parts(gpa, data.len()) {
             let target = self.target(gpa.wrapping_add(at as u64));

@@ -3,11 +3,16 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use serde::{Deserialize, Serialize};
+use vmm_api::state::{DeviceState, StateError};
+
 use super::bar::{Bar, BarKind, NoRoom, Placement};
 use super::config::{BAR0, COMMAND, STATUS};
+use super::msix::SavedMsix;
 use super::{ConfigSpace, Ident, Msix, PciFunction};
 use crate::bus::{InOut, IoSize, PortBus};
 use crate::irq::IrqLine;
+use crate::lifecycle::{self, Lifecycle};
 use crate::mmio::{Mmio, MmioBus};
 
 /// COMMAND as firmware leaves it: ports and memory decoded, the function may be master (6.2.2).
@@ -34,6 +39,12 @@ pub trait PciDevice: Send + Sync {
     /// Called with the function's lock held, as the next.
     fn config_read(&self, space: &ConfigSpace, register: u8, size: IoSize) -> Option<u32> {
         let _ = (space, register, size);
+        None
+    }
+
+    /// How its state is saved, but for configuration space and MSI-X; a device that has none cannot
+    /// be.
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         None
     }
 
@@ -265,7 +276,77 @@ impl Endpoint {
     }
 }
 
+/// A function as it is stored.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    #[serde(with = "lifecycle::bytes")]
+    config: Vec<u8>,
+    msix: Option<SavedMsix>,
+    device: DeviceState,
+}
+
+impl Endpoint {
+    /// What the guest has written to the command register, and to MSI-X's.
+    fn settle(&self, state: &State) {
+        if let Some(intx) = &self.intx {
+            let command = state.space.read(COMMAND, IoSize::Word);
+            intx.change(|intx| intx.disabled = command & INTX_DISABLE != 0);
+        }
+        if let Some((msix, at)) = &self.msix {
+            msix.configure(&state.space, *at);
+        }
+    }
+}
+
+impl Lifecycle for Endpoint {
+    fn freeze(&self) {
+        if let Some(device) = self.device.lifecycle() {
+            device.freeze();
+        }
+    }
+
+    fn thaw(&self) {
+        if let Some(device) = self.device.lifecycle() {
+            device.thaw();
+        }
+    }
+
+    fn save(&self) -> Result<DeviceState, String> {
+        let device = self
+            .device
+            .lifecycle()
+            .ok_or("it has no state to be saved")?;
+        let device = device.save()?;
+        let saved = Saved {
+            config: self.lock().space.bytes().to_vec(),
+            msix: self.msix.as_ref().map(|(msix, _)| msix.save()),
+            device,
+        };
+        lifecycle::save("pci", 1, &saved)
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let saved: Saved = lifecycle::load("pci", 1, state)?;
+        let none = || StateError::Value("it has no state to be restored".into());
+        let device = self.device.lifecycle().ok_or_else(none)?;
+        {
+            let mut state = self.lock();
+            state.space.restore(&saved.config)?;
+            self.update_bars(&mut state);
+            if let (Some((msix, _)), Some(saved)) = (&self.msix, &saved.msix) {
+                msix.restore(saved)?;
+            }
+            self.settle(&state);
+        }
+        device.restore(&saved.device)
+    }
+}
+
 impl PciFunction for Endpoint {
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        self.device.lifecycle().map(|_| self as &dyn Lifecycle)
+    }
+
     fn name(&self) -> &str {
         &self.name
     }
@@ -313,6 +394,11 @@ struct Window {
 }
 
 impl InOut for Window {
+    // The function does that.
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn width(&self) -> IoSize {
         IoSize::Dword
     }
@@ -333,6 +419,10 @@ impl InOut for Window {
 }
 
 impl Mmio for Window {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn read(&self, gpa: u64, data: &mut [u8]) {
         if let Some(endpoint) = self.endpoint.upgrade() {
             endpoint.bar_read(self.bar, gpa.wrapping_sub(self.base), data);

@@ -2,8 +2,27 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vmm_api::state::{DeviceState, StateError};
+
 use super::{ConfigSpace, Ident, PciFunction};
 use crate::bus::IoSize;
+use crate::lifecycle::{self, Lifecycle};
+
+/// PCI Express's capability, as a root port of one lane at 2.5 GT/s has it (PCI Express 5.0, 7.5.3),
+/// version 2. It is why FreeBSD lets devices interrupt by messages: only a chipset of PCI Express or
+/// PCI-X is trusted with them (sys/dev/pci/pci.c), and bhyve's bridge has it for that (usr.sbin/bhyve/
+/// pci_hostbridge.c).
+const EXPRESS: (u8, [u8; 58]) = (0x10, {
+    let mut body = [0; 58];
+    // Version 2, type 4: root port.
+    body[0] = 0x42;
+    // Link capabilities: 2.5 GT/s, one lane, L0s.
+    body[10] = 0x11;
+    body[11] = 0x04;
+    // Link status: so it is.
+    body[16] = 0x11;
+    body
+});
 
 /// A host bridge without functions of its own.
 pub struct HostBridge {
@@ -29,14 +48,37 @@ impl HostBridge {
             class: 0x06_00_00,
             ..Ident::default()
         };
+        let mut space = ConfigSpace::new(ident);
+        let (id, body) = EXPRESS;
+        space.add_capability(id, &body);
         Arc::new(Self {
             name,
-            config: Mutex::new(ConfigSpace::new(ident)),
+            config: Mutex::new(space),
         })
     }
 }
 
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Saved(#[serde(with = "lifecycle::bytes")] Vec<u8>);
+
+impl Lifecycle for HostBridge {
+    fn save(&self) -> Result<DeviceState, String> {
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        lifecycle::save(self.name, 1, &Saved(config.bytes().to_vec()))
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let Saved(bytes) = lifecycle::load(self.name, 1, state)?;
+        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        config.restore(&bytes)
+    }
+}
+
 impl PciFunction for HostBridge {
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        Some(self)
+    }
+
     fn name(&self) -> &str {
         self.name
     }
@@ -49,5 +91,25 @@ impl PciFunction for HostBridge {
     fn config_write(&self, register: u8, size: IoSize, value: u32) {
         let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
         config.write(register, size, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_of_pci_express() {
+        let bridge = HostBridge::new();
+        let word = |at: u32| bridge.config_read(u8::try_from(at).unwrap(), IoSize::Word);
+        assert_eq!(word(0x06) & 1 << 4, 1 << 4, "it has capabilities");
+        let at = word(0x34) & 0xff;
+        assert_eq!(word(at), 0x10, "PCI Express, and nothing behind it");
+        let kind = word(at + 2);
+        assert_eq!((kind & 0xf, kind >> 4 & 0xf), (2, 4));
+        // Nothing of it is a guest's to change.
+        bridge.config_write(at as u8, IoSize::Dword, 0xffff_ffff);
+        assert_eq!(word(at + 2), kind);
+        assert_eq!(word(at + 12), 0x411);
     }
 }

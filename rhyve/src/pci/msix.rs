@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_api::kvm::MsiMessage;
+use vmm_api::state::StateError;
 
 use super::ConfigSpace;
 use super::bar::{Bar, BarKind};
@@ -47,6 +49,10 @@ struct Vector {
     sent: Option<MsiMessage>,
     sink: Box<dyn MsiVector>,
 }
+
+/// The vectors as they are stored: address, data, masked, pending.
+#[derive(Serialize, Deserialize)]
+pub(super) struct SavedMsix(Vec<(u64, u32, bool, bool)>);
 
 struct State {
     enabled: bool,
@@ -153,6 +159,29 @@ impl Msix {
         let first = usize::try_from(offset / ENTRY).unwrap_or(usize::MAX);
         state.settle(first);
         state.settle(first.saturating_add(1));
+    }
+
+    /// The table and what is pending; enable and function mask are configuration space's.
+    pub(super) fn save(&self) -> SavedMsix {
+        let state = self.lock();
+        let vector = |v: &Vector| (v.message.address, v.message.data, v.masked, v.pending);
+        SavedMsix(state.vectors.iter().map(vector).collect())
+    }
+
+    /// Takes that back; it counts from the next [`Msix::configure`] on.
+    pub(super) fn restore(&self, saved: &SavedMsix) -> Result<(), StateError> {
+        let mut state = self.lock();
+        if saved.0.len() != state.vectors.len() {
+            let text = format!("{} MSI-X vectors, not {}", saved.0.len(), self.count);
+            return Err(StateError::Value(text));
+        }
+        for (vector, &(address, data, masked, pending)) in state.vectors.iter_mut().zip(&saved.0) {
+            // The low two bits of the address are always 0 (6.8.2.7).
+            let address = address & !3;
+            vector.message = MsiMessage { address, data };
+            (vector.masked, vector.pending) = (masked, pending);
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -5,10 +5,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use vmm_api::state::{DeviceState, StateError};
+
 use super::PciBus;
 use super::bus::Target;
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
 use crate::isa::reset::ResetControl;
+use crate::lifecycle::{self, Lifecycle};
 
 const ADDRESS: u16 = 0xcf8;
 const RESET: u16 = 0xcf9;
@@ -56,7 +59,28 @@ impl ConfigPorts {
     }
 }
 
+impl Lifecycle for ConfigPorts {
+    fn save(&self) -> Result<DeviceState, String> {
+        lifecycle::save(
+            "pciconf",
+            1,
+            &(self.address.load(Relaxed), self.reset.read()),
+        )
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let (address, reset): (u32, u8) = lifecycle::load("pciconf", 1, state)?;
+        self.address.store(address & IMPLEMENTED, Relaxed);
+        self.reset.restore(reset);
+        Ok(())
+    }
+}
+
 impl InOut for ConfigPorts {
+    fn saved(&self) -> bool {
+        true
+    }
+
     fn width(&self) -> IoSize {
         IoSize::Dword
     }

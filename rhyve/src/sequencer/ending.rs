@@ -46,6 +46,11 @@ impl Cause {
         }
     }
 
+    /// Stopped in the middle, to be run again: for whoever started rhyve, a power-off.
+    pub fn suspended() -> Self {
+        Self::stopped("suspended")
+    }
+
     /// The phase to be stored.
     pub fn phase(&self) -> Phase {
         Phase::Stopped {

@@ -69,7 +69,7 @@ impl HaltWatch {
 
 /// The clock of a thread's processor time (Linux: the complement of its id, shifted by three, with
 /// the bits for "per thread" and "scheduler's count").
-fn cpu_clock(tid: Pid) -> ClockId {
+pub fn cpu_clock(tid: Pid) -> ClockId {
     ClockId::from_raw((!tid.as_raw() << 3) | 6)
 }
 

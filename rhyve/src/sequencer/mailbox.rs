@@ -23,6 +23,7 @@ pub struct Mailbox {
     /// There may be notes: what the run loop looks at without taking the lock.
     posted: AtomicBool,
     kick: OnceLock<Kick>,
+    bound: OnceLock<Instant>,
 }
 
 #[derive(Default)]
@@ -50,6 +51,12 @@ impl Mailbox {
     pub fn bind(&self, kick: Kick) {
         // A second bind cannot happen: a vCPU has one thread for its whole life.
         let _ = self.kick.set(kick);
+        let _ = self.bound.set(Instant::now());
+    }
+
+    /// When the vCPU's thread was ready to enter the guest for the first time.
+    pub fn bound(&self) -> Option<Instant> {
+        self.bound.get().copied()
     }
 
     /// Whether the run loop should look into its notes.

@@ -10,9 +10,11 @@ mod ending;
 mod halt;
 mod mailbox;
 pub mod pinning;
+mod stall;
 mod vcpu;
 
 pub use ending::{Cause, EXIT_ERROR, Ending};
-pub use halt::HaltWatch;
+pub use halt::{HaltWatch, cpu_clock};
 pub use mailbox::{Mailbox, Next};
+pub use stall::{Stall, StallWatch, Watched};
 pub use vcpu::{ExitPolicy, Vcpu};

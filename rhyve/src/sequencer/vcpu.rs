@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
-use vmm_api::exit::{Direction, PortAccess, VmExit};
+use vmm_api::exit::{Direction, InternalError, PortAccess, VmExit};
 use vmm_api::kvm::{KvmError, KvmVcpu};
 use vmm_api::memory::GuestRam;
+use vmm_api::regs::Reg;
 
 use super::{Cause, Ending, Mailbox, Next, pinning};
 use crate::bus::{IoSize, PortBus};
 use crate::dump;
+use crate::gdb::{Debugger, Stop};
 use crate::mmio::MmioBus;
 use crate::suspend::{SuspendHow, SuspendSink};
 
@@ -38,6 +40,8 @@ pub struct Vcpu {
     pub mmio: Arc<MmioBus>,
     /// Where the machine's end is announced.
     pub ending: Arc<Ending>,
+    /// Where it tells that it stopped for a debugger.
+    pub debugger: Arc<Debugger>,
     /// Guest memory, to show code bytes when KVM gives up.
     pub ram: GuestRam,
     /// How to take exits.
@@ -60,7 +64,7 @@ impl Vcpu {
                     self.fail(&error);
                 }
                 match self.mailbox.serve(&mut self.kvm) {
-                    Next::Run => {}
+                    Next::Run => self.kvm.skip_time(),
                     Next::Quit => break,
                 }
             }
@@ -124,18 +128,53 @@ impl Vcpu {
             VmExit::SystemEvent(event) => {
                 self.give_up(format!("the guest reported system event {event}"));
             }
-            VmExit::InternalError(error) => self.give_up(error.to_string()),
+            VmExit::InternalError(error) => {
+                if !self.stopped_at_int3(&error) {
+                    self.give_up(error.to_string());
+                }
+            }
             VmExit::EntryFailed { reason } => {
                 self.give_up(format!(
                     "the processor refused to enter the guest: {reason:#x}"
                 ));
             }
             VmExit::OutOfMemory => self.out_of_memory(),
-            VmExit::Debug { exception, pc } => {
-                self.give_up(format!("unexpected debug exception {exception} at {pc:#x}"));
+            VmExit::Debug { exception, pc, dr6 } => {
+                let stop = Stop {
+                    vcpu: self.kvm.index(),
+                    exception,
+                    pc,
+                    dr6,
+                };
+                if !self.debugger.stopped(stop) {
+                    self.give_up(format!("unexpected debug exception {exception} at {pc:#x}"));
+                }
             }
             VmExit::Other(reason) => self.give_up(format!("unknown KVM exit reason {reason}")),
         }
+    }
+
+    /// Whether KVM has given up at a debugger's breakpoint. Where it emulates ring 0 (KVM-PVM), an INT3
+    /// is no exit of its own: its emulator knows the instruction in real mode only.
+    fn stopped_at_int3(&self, error: &InternalError) -> bool {
+        const INT3: u8 = 0xcc;
+        let code = error.instruction().unwrap_or_default();
+        if code.first() != Some(&INT3) || !self.debugger.is_attached() {
+            return false;
+        }
+        // KVM has a #UD ready for the guest.
+        let pc = self.kvm.forget_exception().ok().and_then(|()| {
+            let registers = self.kvm.registers().ok()?;
+            registers.get(Reg::Rip).ok()
+        });
+        pc.is_some_and(|pc| {
+            self.debugger.stopped(Stop {
+                vcpu: self.kvm.index(),
+                exception: 3,
+                pc,
+                dr6: 0,
+            })
+        })
     }
 
     fn inout(&mut self, access: PortAccess) {

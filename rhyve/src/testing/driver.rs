@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::virtio::{Activation, Interrupts, Rings, Virtqueue};
+use crate::virtio::{Activation, Interrupts, Position, Rings, Virtqueue};
 
 const PAGE: u64 = 4096;
 const NEXT: u16 = 1;
@@ -171,6 +171,18 @@ impl GuestDriver {
     pub fn virtqueue(&self, index: u16, interrupts: Arc<dyn Interrupts>) -> Virtqueue {
         let (memory, kick) = (self.memory.clone(), self.kick.clone());
         Virtqueue::new(index, self.rings, memory, kick, interrupts).unwrap()
+    }
+
+    /// The device's side of the queue in another process: all that was taken is answered, and what
+    /// is not comes again.
+    pub fn resumed(&self, index: u16, interrupts: Arc<dyn Interrupts>) -> Virtqueue {
+        let mut queue = self.virtqueue(index, interrupts);
+        let answered = self.read_u16(self.rings.used + 2);
+        queue.resume_at(Position {
+            next_avail: answered,
+            next_used: answered,
+        });
+        queue
     }
 
     /// All that a device with this one queue, its queue 0, is activated with.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::Virtqueue;
+use crate::lifecycle::Lifecycle;
 
 /// Device ids (section 5).
 pub mod device_id {
@@ -39,6 +40,23 @@ pub mod feature {
     pub const IN_ORDER: u64 = 1 << 35;
     /// Single queues can be reset.
     pub const RING_RESET: u64 = 1 << 40;
+
+    /// Their names (section 6), and those of bits that are never offered.
+    pub(crate) const NAMES: &[(u64, &str)] = &[
+        (1 << 24, "notify-on-empty"),
+        (ANY_LAYOUT, "any-layout"),
+        (RING_INDIRECT_DESC, "indirect-desc"),
+        (RING_EVENT_IDX, "event-idx"),
+        (VERSION_1, "version-1"),
+        (1 << 33, "access-platform"),
+        (1 << 34, "ring-packed"),
+        (IN_ORDER, "in-order"),
+        (1 << 36, "order-platform"),
+        (1 << 37, "sr-iov"),
+        (1 << 38, "notification-data"),
+        (1 << 39, "notif-config-data"),
+        (RING_RESET, "ring-reset"),
+    ];
 }
 
 /// How a device reaches its driver. Any thread may call it, with locks of the device held; it does
@@ -80,6 +98,15 @@ impl Activation {
         let at = self.queues.iter().position(|q| q.index() == index)?;
         Some(self.queues.remove(at))
     }
+}
+
+/// What a device tells whoever looks from outside, each by a name of lower-case words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inspection {
+    /// How it is set up, and what it is in.
+    pub properties: Vec<(&'static str, String)>,
+    /// What it has served since it was made: requests, bytes, errors.
+    pub counters: Vec<(&'static str, u64)>,
 }
 
 /// Why a device does not start: the host lacks something. The transport sets DEVICE_NEEDS_RESET.
@@ -130,6 +157,11 @@ pub trait VirtioDevice: Send + Sync {
     /// that. Constant. The transport adds what it and the queues can do.
     fn features(&self) -> u64;
 
+    /// What its rings can do, of [`feature`]'s bits: all the transport knows of, today.
+    fn ring_features(&self) -> u64 {
+        feature::RING_INDIRECT_DESC | feature::RING_EVENT_IDX | feature::ANY_LAYOUT
+    }
+
     /// The greatest size of each queue: powers of two up to 32768. Constant. A legacy driver has to
     /// take them as they are.
     fn queue_sizes(&self) -> &[u16];
@@ -166,6 +198,26 @@ pub trait VirtioDevice: Send + Sync {
     /// returns, nothing touches guest memory or the queues any more, and requests in flight are
     /// forgotten. May wait for host I/O that is under way, but for nothing else.
     fn reset(&self);
+
+    /// Names of its own feature bits, as masks of one bit, in the specification's words without
+    /// their prefix.
+    fn feature_names(&self) -> &'static [(u64, &'static str)] {
+        &[]
+    }
+
+    /// What `vmmctl --get-devices` tells of it, beyond what the transport knows. Called by the
+    /// control thread at any moment, without locks; returns within a tenth of a second.
+    fn inspect(&self) -> Inspection {
+        Inspection::default()
+    }
+
+    /// How its state outlives its process: what it has beyond features and queues, which are the
+    /// transport's. A machine with a device that has none cannot be suspended. With it, `freeze`
+    /// leaves no request unanswered (see [`Lifecycle`]), and `restore` comes before `activate`,
+    /// whose queues go on where they were.
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        None
+    }
 
     /// What stops and starts single queues, if the device can do that: then the transport offers
     /// [`feature::RING_RESET`].

@@ -11,16 +11,24 @@
 //!
 //! Section numbers are of "Virtual I/O Device (VIRTIO) Version 1.3" (OASIS).
 
+pub mod balloon;
 pub mod blk;
 mod chain;
+pub mod console;
 mod device;
+mod kicks;
+pub mod net;
+pub mod p9;
 mod queue;
 mod rnd;
 pub mod transport;
+mod vintage;
+pub mod vsock;
 
 pub use chain::{Chain, Reader, Segment, Writer};
 pub use device::{
-    Activation, DeviceError, Interrupts, QueueReset, VirtioDevice, device_id, feature,
+    Activation, DeviceError, Inspection, Interrupts, QueueReset, VirtioDevice, device_id, feature,
 };
-pub use queue::{QueueCounters, Rings, RingsError, Virtqueue};
+pub use queue::{Position, QueueCounters, Rings, RingsError, Virtqueue};
 pub use rnd::Rnd;
+pub use vintage::Vintage;

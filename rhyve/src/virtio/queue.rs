@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use nix::sys::eventfd::EventFd;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -60,6 +60,25 @@ pub struct QueueCounters {
     pub next_used: AtomicU16,
 }
 
+/// How far a queue got: ring indices, which wrap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Position {
+    /// Up to where requests were taken.
+    pub next_avail: u16,
+    /// Up to where requests were answered.
+    pub next_used: u16,
+}
+
+impl QueueCounters {
+    /// How far it got.
+    pub fn position(&self) -> Position {
+        Position {
+            next_avail: self.next_avail.load(Ordering::Relaxed),
+            next_used: self.next_used.load(Ordering::Relaxed),
+        }
+    }
+}
+
 /// A queue that its driver has set up, for the one thread that serves it.
 ///
 /// Nothing a driver writes makes a method fail: a ring that makes no sense (an index that jumps, a
@@ -77,6 +96,8 @@ pub struct Virtqueue {
     in_flight: u16,
     /// There are answers the driver was not told of.
     unsignalled: bool,
+    /// The used index when the driver's wish was last looked at, with event index.
+    looked_at: u16,
     broken: bool,
 }
 
@@ -117,8 +138,24 @@ impl Virtqueue {
             counters: Arc::default(),
             in_flight: 0,
             unsignalled: false,
+            looked_at: 0,
             broken: false,
         })
+    }
+
+    /// Goes on where another process left off. To be called before anything is popped.
+    pub fn resume_at(&mut self, position: Position) {
+        let Position {
+            next_avail,
+            next_used,
+        } = position;
+        self.ring.set_next_avail(next_avail);
+        self.ring.set_next_used(next_used);
+        self.looked_at = next_used;
+        self.counters
+            .next_avail
+            .store(next_avail, Ordering::Relaxed);
+        self.counters.next_used.store(next_used, Ordering::Relaxed);
     }
 
     /// Its number in the device.
@@ -199,6 +236,45 @@ impl Virtqueue {
         }
     }
 
+    /// Answers several requests at once: the driver sees all of these answers or none. A frame that
+    /// takes several buffers wants that (5.1.6.4.1). Each is a [`Chain::head`] and bytes written.
+    pub fn add_used_together(&mut self, answers: &[(u16, u32)]) {
+        let Some((&(head, written), earlier)) = answers.split_last() else {
+            return;
+        };
+        if self.broken || answers.len() > usize::from(self.size()) {
+            return;
+        }
+        let first = self.ring.next_used();
+        for (offset, &(head, written)) in (0..).zip(earlier) {
+            let slot = first.wrapping_add(offset) % self.size();
+            let at = self.ring.used_ring() + 4 + 8 * u64::from(slot);
+            let element = u64::from(head) | u64::from(written) << 32;
+            let stored = self.memory.write_obj(element.to_le(), GuestAddress(at));
+            if let Err(error) = stored {
+                self.fail(&error.to_string());
+                return;
+            }
+        }
+        let count = earlier.len() as u16;
+        self.in_flight = self.in_flight.saturating_sub(count);
+        self.ring.set_next_used(first.wrapping_add(count));
+        self.add_used(head, written);
+        self.counters
+            .requests
+            .fetch_add(count.into(), Ordering::Relaxed);
+    }
+
+    /// Puts the last `count` requests that were popped back, not answered: they come again. All that
+    /// were popped before them have to be answered.
+    pub fn give_back(&mut self, count: usize) {
+        let count = u16::try_from(count).unwrap_or(u16::MAX).min(self.in_flight);
+        self.in_flight -= count;
+        let next = self.ring.next_avail().wrapping_sub(count);
+        self.ring.set_next_avail(next);
+        self.counters.next_avail.store(next, Ordering::Relaxed);
+    }
+
     /// Tells the driver of answers since the last time, if it wants to hear of them.
     pub fn signal(&mut self) {
         if self.broken || !std::mem::take(&mut self.unsignalled) {
@@ -267,16 +343,26 @@ impl Virtqueue {
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, virtio_queue::Error> {
-        // A barrier between the used index and the driver's wish is in here.
-        let wanted = self.ring.needs_notification(&self.memory)?;
+        // The used index is written before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let load = |at| -> Result<u16, virtio_queue::Error> {
+            let value: u16 = self
+                .memory
+                .load(GuestAddress(at), Ordering::Relaxed)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            Ok(u16::from_le(value))
+        };
+        let available = self.ring.avail_ring();
         if self.ring.event_idx_enabled() {
-            return Ok(wanted);
+            // Not the ring's own count, which knows of no answers that are given together. The
+            // driver wants to hear when its index was passed since the last look (2.7.7.2).
+            let now = self.ring.next_used();
+            let before = std::mem::replace(&mut self.looked_at, now);
+            let event = load(available + 4 + 2 * u64::from(self.ring.size()))?;
+            let passed = now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before);
+            return Ok(passed);
         }
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(load(available)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     fn fail(&mut self, problem: &str) {

@@ -5,13 +5,19 @@
 
 use std::fs::File;
 use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use vm_memory::{GuestMemoryMmap, ReadVolatile};
 
-use super::{Activation, Chain, DeviceError, VirtioDevice, Virtqueue, device_id};
-use crate::mevent::{Mevent, Ready, Source, Timer};
+use vmm_api::state::{DeviceState, StateError};
+
+use super::{
+    Activation, Chain, DeviceError, Inspection, VirtioDevice, Virtqueue, device_id, kicks,
+};
+use crate::lifecycle::{self, Lifecycle};
+use crate::mevent::{Mevent, Source, Timer};
 
 /// bhyve's queue (usr.sbin/bhyve/pci_virtio_rnd.c).
 const QUEUE_SIZE: u16 = 64;
@@ -24,14 +30,27 @@ pub struct Rnd {
     mevent: Arc<Mevent>,
     rate: Option<NonZeroU64>,
     source: File,
-    running: Mutex<Option<Running>>,
+    state: Mutex<State>,
+    frozen: AtomicBool,
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    /// How often requests had to wait for the rate.
+    waits: AtomicU64,
+    errors: AtomicU64,
     me: Weak<Self>,
+}
+
+struct State {
+    /// Bytes the guest may have now, if there is a limit. It outlives resets, or a driver would get
+    /// around the limit by them.
+    budget: Option<Budget>,
+    running: Option<Running>,
 }
 
 struct Running {
     queue: Virtqueue,
-    /// Bytes the guest may have now, if there is a limit.
-    budget: Option<Budget>,
+    /// Wakes requests that wait for the rate.
+    timer: Option<Timer>,
     _kick: Source,
 }
 
@@ -49,73 +68,91 @@ impl Rnd {
             mevent,
             rate,
             source,
-            running: Mutex::default(),
+            state: Mutex::new(State {
+                budget: rate.map(Budget::new),
+                running: None,
+            }),
+            frozen: AtomicBool::new(false),
+            requests: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            waits: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
             me: me.clone(),
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves what is there, on the event thread.
     fn serve(&self) {
-        let mut running = self.lock();
-        let Some(Running { queue, budget, .. }) = running.as_mut() else {
+        let mut state = self.lock();
+        let State { budget, running } = &mut *state;
+        let Some(Running { queue, timer, .. }) = running.as_mut() else {
             return;
         };
+        if self.frozen.load(SeqCst) {
+            return;
+        }
         let _ = queue.kick().read();
-        let mut exhausted = false;
         queue.disable_kicks();
         for _ in 0..QUEUE_SIZE {
             let allowed = budget.as_mut().map_or(MOST, Budget::available);
-            if allowed == 0 {
-                exhausted = true;
-                break;
+            if allowed == 0 && queue.has_requests() {
+                queue.signal();
+                self.waits.fetch_add(1, Relaxed);
+                if let (Some(budget), Some(timer)) = (budget, timer) {
+                    timer.arm(budget.wait());
+                }
+                return;
             }
             let Some(chain) = queue.pop() else { break };
-            let written = fill(&self.source, queue.memory(), &chain, allowed);
+            let written = self.fill(queue.memory(), &chain, allowed);
             if let Some(budget) = budget {
                 budget.spend(written);
             }
             queue.add_used(chain.head(), written);
+            self.requests.fetch_add(1, Relaxed);
+            self.bytes.fetch_add(written.into(), Relaxed);
         }
         queue.signal();
-        if exhausted {
-            if let Some(budget) = budget {
-                budget.timer.arm(budget.wait());
-            }
-        } else if queue.enable_kicks() {
-            // Others on the event thread come first.
-            let _ = queue.kick().write(1);
+        if queue.enable_kicks() {
+            kicks::again(queue);
         }
     }
 
-    fn timer(&self, rate: NonZeroU64) -> std::io::Result<Budget> {
+    /// Fills the first bytes of a request, and says how many.
+    fn fill(&self, memory: &GuestMemoryMmap, chain: &Chain, most: u32) -> u32 {
+        let mut source = &self.source;
+        let mut written = 0;
+        for mut slice in chain.writer(memory).slices(most) {
+            match source.read_exact_volatile(&mut slice) {
+                Ok(()) => written += slice.len() as u32,
+                Err(error) => {
+                    // Guest memory on a full file system fails each time: once is enough.
+                    if self.errors.fetch_add(1, Relaxed) == 0 {
+                        tracing::warn!(target: "rhyve::virtio::rnd", "/dev/urandom: {error}");
+                    }
+                    break;
+                }
+            }
+        }
+        written
+    }
+
+    fn timer(&self) -> Result<Timer, DeviceError> {
         let me = self.me.clone();
         let timer = self.mevent.timer("virtio-rnd rate", move || {
             if let Some(me) = me.upgrade() {
                 me.serve();
             }
-        })?;
-        Ok(Budget::new(rate, timer))
+        });
+        timer.map_err(|source| DeviceError {
+            action: "make a timer",
+            source,
+        })
     }
-}
-
-/// Fills the first bytes of a request, and says how many.
-fn fill(source: &File, memory: &GuestMemoryMmap, chain: &Chain, most: u32) -> u32 {
-    let mut source = source;
-    let mut written = 0;
-    for mut slice in chain.writer(memory).slices(most) {
-        match source.read_exact_volatile(&mut slice) {
-            Ok(()) => written += slice.len() as u32,
-            Err(error) => {
-                tracing::warn!(target: "rhyve::virtio::rnd", "/dev/urandom: {error}");
-                break;
-            }
-        }
-    }
-    written
 }
 
 impl VirtioDevice for Rnd {
@@ -139,36 +176,61 @@ impl VirtioDevice for Rnd {
         let Some(queue) = activation.take(0) else {
             return Ok(());
         };
-        let no_event = |source| DeviceError {
-            action: "wait for the driver",
-            source,
-        };
-        let budget = self.rate.map(|rate| self.timer(rate)).transpose();
-        let kick = std::os::fd::AsFd::as_fd(&queue).try_clone_to_owned();
-        let me = self.me.clone();
-        let kick = self.mevent.add(
-            "virtio-rnd",
-            kick.map_err(no_event)?,
-            Ready::READ,
-            move |_| {
-                if let Some(me) = me.upgrade() {
-                    me.serve();
-                }
-            },
-        );
-        // There may be requests already.
-        let _ = queue.kick().write(1);
-        *self.lock() = Some(Running {
+        let timer = self.rate.map(|_| self.timer()).transpose()?;
+        let mut state = self.lock();
+        let kick = kicks::on_kick(&self.mevent, "virtio-rnd", &queue, &self.me, Self::serve)?;
+        state.running = Some(Running {
             queue,
-            budget: budget.map_err(no_event)?,
+            timer,
             _kick: kick,
         });
         Ok(())
     }
 
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        Some(self)
+    }
+
     fn reset(&self) {
         // The event thread serves with this lock held.
-        *self.lock() = None;
+        self.lock().running = None;
+    }
+
+    fn inspect(&self) -> Inspection {
+        let rate = self.rate.map_or("none".into(), |r| format!("{r} bytes/s"));
+        Inspection {
+            properties: vec![("source", "/dev/urandom".into()), ("limit", rate)],
+            counters: vec![
+                ("requests", self.requests.load(Relaxed)),
+                ("bytes", self.bytes.load(Relaxed)),
+                ("waits for the limit", self.waits.load(Relaxed)),
+                ("host errors", self.errors.load(Relaxed)),
+            ],
+        }
+    }
+}
+
+impl Lifecycle for Rnd {
+    fn freeze(&self) {
+        let running = self.lock();
+        self.frozen.store(true, SeqCst);
+        // The event thread serves with the lock held, all that it takes.
+        drop(running);
+    }
+
+    fn thaw(&self) {
+        self.frozen.store(false, SeqCst);
+        if let Some(running) = &self.lock().running {
+            let _ = running.queue.kick().write(1);
+        }
+    }
+
+    fn save(&self) -> Result<DeviceState, String> {
+        lifecycle::save(self.name(), 1, &())
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        lifecycle::load(self.name(), 1, state)
     }
 }
 
@@ -177,28 +239,32 @@ struct Budget {
     rate: NonZeroU64,
     bytes: u64,
     since: Instant,
-    timer: Timer,
 }
 
 impl Budget {
-    fn new(rate: NonZeroU64, timer: Timer) -> Self {
+    fn new(rate: NonZeroU64) -> Self {
         Self {
             rate,
             bytes: rate.get(),
             since: Instant::now(),
-            timer,
         }
     }
 
     /// Bytes there are, for one request.
     fn available(&mut self) -> u32 {
-        let now = Instant::now();
-        let passed = now.duration_since(self.since).as_nanos();
-        let earned = passed.saturating_mul(self.rate.get().into()) / 1_000_000_000;
-        if earned != 0 {
-            self.since = now;
-            let earned = u64::try_from(earned).unwrap_or(u64::MAX);
-            self.bytes = self.bytes.saturating_add(earned).min(self.rate.get());
+        let rate = u128::from(self.rate.get());
+        let earned = self.since.elapsed().as_nanos().saturating_mul(rate) / 1_000_000_000;
+        if earned >= rate {
+            // What is more than a second's is lost.
+            self.since = Instant::now();
+            self.bytes = self.rate.get();
+        } else {
+            // Whole bytes, and the time they took: fractions are not lost, however often one asks.
+            self.since += Duration::from_nanos((earned * 1_000_000_000 / rate) as u64);
+            self.bytes = self
+                .bytes
+                .saturating_add(earned as u64)
+                .min(self.rate.get());
         }
         u32::try_from(self.bytes).unwrap_or(u32::MAX).min(MOST)
     }
@@ -269,5 +335,24 @@ mod tests {
         let over = Duration::from_millis(u64::from(bytes.saturating_sub(1000)));
         assert!(start.elapsed() + Duration::from_millis(5) >= over);
         rnd.reset();
+    }
+
+    #[test]
+    fn a_reset_brings_no_new_bytes() {
+        let (rnd, mut driver, interrupts) = rig(Some(1000));
+        let start = Instant::now();
+        let mut bytes = 0;
+        for _ in 0..5 {
+            driver.send(&[Buffer::Writable(1000)]);
+            rnd.activate(driver.activation(0, interrupts.clone()))
+                .unwrap();
+            bytes += driver.wait_used().1;
+            rnd.reset();
+            driver = GuestDriver::new(8);
+        }
+        let allowed = 1000 + start.elapsed().as_millis() as u32;
+        assert!(bytes <= allowed, "{bytes} of {allowed}");
+        let counters = rnd.inspect().counters;
+        assert_eq!(counters[..2], [("requests", 5), ("bytes", bytes.into())]);
     }
 }

@@ -14,6 +14,10 @@ fn number(text: &str, name: &str) -> u64 {
     u64::from_str_radix(digits, 16).unwrap()
 }
 
+fn json(place: &Place, options: &str) -> Value {
+    serde_json::from_str(&place.ok(&format!("vmmctl --vm=guest0 --json {options}"))).unwrap()
+}
+
 fn list(place: &Place) -> Value {
     serde_json::from_str(&place.ok("vmmctl --list --json")).unwrap()
 }
@@ -27,6 +31,7 @@ fn registers_are_shown_before_during_and_after() {
     assert_eq!((number(&all, "rip"), number(&all, "rbx")), (ENTRY, 0));
 
     let mut guest = place.start("");
+    until("it is up", || list(&place)[0]["phase"] == "running");
     let running = || {
         let text = place.ok("vmmctl --vm=guest0 --cpu=0 --get-rip --get-rbx");
         (number(&text, "rip"), number(&text, "rbx"))
@@ -45,6 +50,27 @@ fn registers_are_shown_before_during_and_after() {
         stats.contains("number of times in/out was intercepted"),
         "{stats}"
     );
+
+    // The loop's port is where it leaves the guest, and its instruction the one that does it.
+    place.ok("vmmctl --vm=guest0 --reset-stats");
+    until("it leaves the guest again", || {
+        let exits = json(&place, "--get-exits");
+        let first = &exits["exits"][0]["exits"][0];
+        first["count"].as_u64() > Some(100)
+    });
+    let exits = json(&place, "--get-exits=1");
+    let first = &exits["exits"][0]["exits"][0];
+    assert_eq!(
+        (&first["reason"], &first["place"], &first["write"]),
+        (&"inout".into(), &"0x71".into(), &false.into())
+    );
+    assert_eq!(first["device"], "rtc");
+    let callers = first["callers"].as_array().unwrap();
+    let here = callers.iter().map(|c| c["rip"].as_str().unwrap());
+    let there = [ENTRY + 5, ENTRY + 7].map(|rip| format!("{rip:#x}"));
+    assert!(callers.is_empty() || here.clone().all(|rip| there.iter().any(|t| t == rip)));
+    let spent = first["host_ns"].as_u64().unwrap();
+    assert!(spent > 0 && spent < exits["exits"][0]["span_ns"].as_u64().unwrap());
 
     guest.signal(nix::sys::signal::Signal::SIGINT);
     assert_eq!(guest.wait().status, Some(1));
@@ -92,4 +118,188 @@ fn the_list_knows_what_runs() {
     place.ok("vmmctl --vm=guest0 --force-poweroff");
     assert_eq!(guest.wait().status, Some(1));
     assert_eq!(list(&place)[0]["phase"], "stopped (stopped from outside)");
+}
+
+#[test]
+fn a_boots_profile_has_its_phases_and_names() {
+    let place = Place::new();
+    let file = place.path("boot.json");
+    let (mut guest, _) = start_probe(&place, &format!("-c 2 --boot-profile {}", file.display()));
+    // A loop to be seen in, for more than one sample.
+    guest.console.send("spin");
+    guest.console.expect("spin");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    guest.console.send("");
+    guest.console.send("hlt");
+    let ended = guest.wait();
+    assert!(
+        ended.errors.contains("first console byte"),
+        "{}",
+        ended.errors
+    );
+    let report: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let phases: Vec<_> = report["phases"].as_array().unwrap().iter().collect();
+    let names: Vec<_> = phases.iter().map(|p| p["name"].as_str().unwrap()).collect();
+    let expected = [
+        "load",
+        "tables",
+        "first entry",
+        "first console byte",
+        "init",
+    ];
+    assert_eq!(names, expected);
+    let until = |n: usize| phases[n]["until_us"].as_u64();
+    assert!(phases[0]["us"].as_u64().is_some_and(|us| us > 0));
+    assert!(until(1) <= until(2) && until(2) <= until(3) && until(3).is_some());
+    // The probe never leaves ring 0.
+    assert_eq!(until(4), None);
+    let stacks = report["stacks"].as_array().unwrap();
+    let samples: u64 = stacks.iter().map(|s| s["count"].as_u64().unwrap()).sum();
+    assert_eq!(Some(samples), report["samples"].as_u64());
+    let spins = |s: &&Value| s["frames"].to_string().contains("spin");
+    assert!(stacks.iter().any(|s| spins(&s)), "{report:#}");
+    let svg = std::fs::read_to_string(file.with_extension("svg")).unwrap();
+    assert!(svg.contains("spin") && svg.ends_with("</svg>\n"));
+
+    let refused = place.run("rhyve --boot-profile /nowhere/boot.json guest0");
+    assert_eq!(refused.status, Some(4), "{refused:?}");
+    assert!(refused.errors.contains("/nowhere/boot.svg"), "{refused:?}");
+}
+
+#[test]
+fn a_bad_end_is_reported_beside_the_object() {
+    let place = Place::new();
+    let report = place.path("root/guest0/report.txt");
+    let (mut guest, _) = start_probe(&place, "");
+    guest.console.send("fault ud2");
+    let ended = guest.wait();
+    assert_eq!(ended.status, Some(3), "{ended:?}");
+    let told = format!("triple fault; see {}", report.display());
+    assert!(ended.errors.contains(&told), "{ended:?}");
+    let text = std::fs::read_to_string(&report).unwrap();
+    assert!(text.starts_with("guest0: triple fault\n"), "{text}");
+    // By the symbols of the file that was loaded.
+    assert!(text.contains("#0  0x") && text.contains("fault"), "{text}");
+    let shown = place.ok("vmmctl --vm=guest0 --panic");
+    assert!(
+        shown.starts_with("guest0: stopped (triple fault)\n"),
+        "{shown}"
+    );
+    assert_eq!(shown.lines().nth(3), text.lines().nth(3));
+    // The next guest starts without it.
+    load_code(&place, b"\xf4");
+    assert!(!report.exists());
+}
+
+#[test]
+fn a_guest_that_nothing_can_reach_is_reported_and_goes_on() {
+    let place = Place::new();
+    // cli; 1: jmp 1b
+    load_code(&place, b"\xfa\xeb\xfe");
+    let mut guest = place.start("");
+    let report = place.path("root/guest0/report.txt");
+    until("there is a report", || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::fs::read_to_string(&report).is_ok_and(|text| text.ends_with('\n'))
+    });
+    let text = std::fs::read_to_string(&report).unwrap();
+    let first = text.lines().next().unwrap();
+    let why = "guest0: makes no progress: vCPU 0 runs with interrupts off, on and on";
+    assert_eq!(first, why);
+    assert!(text.contains(&format!("rip {:#x}", ENTRY + 1)), "{text}");
+    assert!(guest.is_running());
+    place.ok("vmmctl --vm=guest0 --force-poweroff");
+    assert!(guest.wait().errors.contains(why));
+}
+
+/// What a program has drawn on a terminal of 110 columns and 20 lines.
+struct Screen {
+    parser: vt100::Parser,
+    terminal: std::fs::File,
+    child: std::process::Child,
+}
+
+impl Screen {
+    fn start(place: &Place, line: &str) -> Self {
+        let size = nix::pty::Winsize {
+            ws_row: 20,
+            ws_col: 110,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pty = nix::pty::openpty(&size, None).unwrap();
+        let mut command = place.command(line);
+        command.env("TERM", "xterm");
+        command.stdin(pty.slave.try_clone().unwrap());
+        command.stdout(pty.slave);
+        Self {
+            parser: vt100::Parser::new(20, 110, 0),
+            terminal: pty.master.into(),
+            child: command.spawn().unwrap(),
+        }
+    }
+
+    /// Waits until the screen shows something; all of it.
+    fn shows(&mut self, text: &str) -> String {
+        use std::io::Read;
+        use std::os::fd::AsFd;
+
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        until(text, || {
+            let mut fds = [PollFd::new(self.terminal.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::from(100u16)).unwrap() > 0 {
+                let mut bytes = [0; 4096];
+                let len = self.terminal.read(&mut bytes).unwrap_or(0);
+                self.parser.process(&bytes[..len]);
+            }
+            self.parser.screen().contents().contains(text)
+        });
+        self.parser.screen().contents()
+    }
+
+    fn press(&mut self, keys: &str) {
+        use std::io::Write;
+        self.terminal.write_all(keys.as_bytes()).unwrap();
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn top_shows_all_vms_pauses_one_and_looks_into_it() {
+    let place = Place::new();
+    // 1: in al, 0x71; jmp 1b
+    load_code(&place, b"\xe4\x71\xeb\xfc");
+    let guest = place.start("");
+    until("it runs", || list(&place)[0]["phase"] == "running");
+    let mut screen = Screen::start(&place, "vmmctl top");
+    let shown = screen.shows("guest0");
+    assert!(shown.contains("EXITS/S"), "{shown}");
+    screen.shows("1 of 1 VMs live");
+    screen.press("s");
+    screen.shows("by processor time");
+    screen.press("p");
+    screen.shows("paused");
+    let status = || list(&place)[0]["phase"].clone();
+    assert_eq!(status(), "paused");
+    screen.press("p");
+    screen.shows("running");
+    screen.press("\r");
+    for sign in ["in 0x71 (rtc)", "exits/s: inout ", "% in guest"] {
+        screen.shows(sign);
+    }
+    screen.press("q");
+    until("it quits", || screen.child.try_wait().unwrap().is_some());
+    let status = screen.child.try_wait().unwrap().unwrap();
+    assert!(status.success(), "{status}");
+    drop(guest);
+    // Without a terminal it says so.
+    let none = place.run("vmmctl top");
+    assert_eq!(none.status, Some(1), "{none:?}");
+    assert!(none.errors.contains("terminal"), "{none:?}");
 }

@@ -6,8 +6,13 @@
 mod support;
 
 mod abuse;
+mod cards;
+mod clones;
 mod consoles;
+mod disks;
 mod ends;
+mod freebsd;
+mod gdb;
 mod guests;
 mod hosts;
 mod kills;
@@ -15,4 +20,5 @@ mod looks;
 mod memory;
 mod refusals;
 mod reports;
+mod suspends;
 mod terminal;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::support::{Place, Tmpfs};
+use super::support::{Place, Tmpfs, until};
 use super::{boot, ends, shell};
 
 const SIZE: u64 = 64 << 20;
@@ -47,7 +47,14 @@ fn a_disk_keeps_what_is_written_by_every_interface() {
         let sums = shell(&mut guest, WRITE_AND_READ);
         let (written, read) = sums.split_once('\n').unwrap();
         assert_eq!(written, read, "{transport}");
+        let smaller = place.run("vmmctl --vm=guest0 --set-disk=2=32M");
+        assert!(smaller.errors.contains("only grows"), "{smaller:?}");
+        place.ok("vmmctl --vm=guest0 --set-disk=2=96M");
+        until("the larger disk", || {
+            shell(&mut guest, "cat /sys/block/vda/size") == "196608"
+        });
         ends(&mut guest, "poweroff -f", 1);
+        assert_eq!(disk.metadata().unwrap().len(), 96 << 20);
         assert_eq!(sum(&disk), written, "{transport}");
     }
 }

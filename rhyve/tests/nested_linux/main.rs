@@ -3,10 +3,15 @@
 
 #![cfg(test)]
 
+mod devices;
 mod disk;
+mod gdb;
+mod net;
 mod random;
+mod root;
 #[path = "../support/mod.rs"]
 mod support;
+mod suspend;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -23,7 +28,7 @@ fn image(name: &str) -> PathBuf {
     let path = program("rhyve").with_file_name("../guest-image").join(name);
     assert!(
         path.exists(),
-        "{} is not made: run `cargo xtask guest-image linux`, or `cargo xtask test`",
+        "{} is not made: run `cargo xtask guest-image linux` (or linux-full), or `cargo xtask test`",
         path.display()
     );
     path
@@ -31,7 +36,9 @@ fn image(name: &str) -> PathBuf {
 
 /// Boots Linux up to its shell; `load` is for rhyveload, `cmdline` for the kernel, `run` for rhyve.
 fn boot(place: &Place, kernel: &str, load: &str, cmdline: &str, run: &str) -> Process {
-    let initrd = image("linux/initramfs.cpio");
+    let full = kernel.starts_with("linux-full/");
+    let profile = if full { "linux-full" } else { "linux" };
+    let initrd = image(&format!("{profile}/initramfs.cpio"));
     let mut command = place.command(&format!("rhyveload {load} --cmdline"));
     command.arg(format!("console=ttyS0 quiet {cmdline}"));
     command.arg("--initrd").arg(initrd);

@@ -15,6 +15,20 @@ fn interrupts(transport: &str, cpus: u32, cmdline: &str) -> String {
     let compressed = number(&mut guest, "head -c 5000 /dev/hwrng | gzip | wc -c");
     assert!(compressed >= 5000, "{transport}: {compressed}");
     let interrupts = shell(&mut guest, "grep virtio0 /proc/interrupts");
+    let text = place.ok("vmmctl --vm=guest0 --get-devices --json");
+    let said: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let rnd = &said["devices"][1];
+    assert_eq!(
+        (&rnd["slot"], &rnd["kind"]),
+        (&"0:3:0".into(), &"virtio-rnd".into())
+    );
+    let used = if transport == "legacy" {
+        "legacy"
+    } else {
+        "modern"
+    };
+    assert_eq!(rnd["virtio"]["transport"], used);
+    assert!(rnd["counters"]["bytes"].as_u64().unwrap() >= 5000, "{rnd}");
     ends(&mut guest, "reboot -f", 0);
     interrupts
 }

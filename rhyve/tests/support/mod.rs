@@ -2,6 +2,7 @@
 //! into. Whatever a test starts ends with it, and whatever it waits for is bounded in time.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -42,7 +43,14 @@ pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// A directory for VMs and for the files of a test, gone at its end.
-pub struct Place(TempDir);
+pub struct Place {
+    directory: TempDir,
+    /// Who the programs run as.
+    user: u32,
+}
+
+/// A user that may do nothing.
+const NOBODY: u32 = 65534;
 
 impl Place {
     pub fn new() -> Self {
@@ -54,12 +62,26 @@ impl Place {
         let made = tempfile::Builder::new()
             .prefix("rhyve-test-")
             .tempdir_in(directory);
-        Self(made.unwrap())
+        Self {
+            directory: made.unwrap(),
+            user: nix::unistd::getuid().as_raw(),
+        }
+    }
+
+    /// Has its programs run as a user without privileges, but for the use of KVM. That takes root,
+    /// and a /dev that is the test's alone.
+    #[allow(dead_code, reason = "only one of the test programs can")]
+    pub fn of_nobody(mut self) -> Self {
+        self.user = NOBODY;
+        std::os::unix::fs::chown(self.directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        let everybody = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions("/dev/kvm", everybody).unwrap();
+        self
     }
 
     /// A path for a file of the test.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.directory.path().join(name)
     }
 
     /// A command as it would be typed. Words are separated by blanks; more can be added to it.
@@ -67,6 +89,9 @@ impl Place {
         let mut words = line.split_whitespace();
         // setpriv: no process outlives the thread of its test, should that be killed.
         let mut command = Command::new("setpriv");
+        if self.user == NOBODY {
+            command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        }
         command.args(["--pdeathsig", "KILL", "--"]);
         command.arg(program(words.next().unwrap_or_default()));
         command.args(words).env("RHYVE_ROOT", self.path("root"));
@@ -152,7 +177,12 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .expect("setpriv of util-linux");
-        let errors = Console::new(child.stderr.take().unwrap(), std::io::sink());
+        let mut errors = Console::new(child.stderr.take().unwrap(), std::io::sink());
+        let mut console = console;
+        for end in [&mut console, &mut errors] {
+            end.process = Some(child.id());
+        }
+        console.errors = Some(errors.heard.clone());
         Self {
             child,
             console,
@@ -205,8 +235,24 @@ impl Drop for Process {
     }
 }
 
+/// What each thread of a process is at (proc_pid_stat(5)) and waits for in the kernel
+/// (proc_pid_stack(5), which takes root): whether a guest that says nothing more is at fault, or
+/// rhyve, or what both run on.
+fn threads(process: u32) -> String {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task"));
+    let threads = threads.into_iter().flatten().flatten().map(|thread| {
+        let read = |what| std::fs::read_to_string(thread.path().join(what)).unwrap_or_default();
+        read("stat") + &read("stack")
+    });
+    threads.collect::<Vec<_>>().join("\n")
+}
+
 /// Both directions of a console.
 pub struct Console {
+    /// Whose it is.
+    process: Option<u32>,
+    /// What that process writes to standard error.
+    errors: Option<Arc<Heard>>,
     heard: Arc<Heard>,
     /// How much of it was looked at.
     seen: usize,
@@ -230,6 +276,8 @@ impl Console {
     pub fn new(mut output: impl Read + Send + 'static, input: impl Write + Send + 'static) -> Self {
         let heard = Arc::<Heard>::default();
         let console = Self {
+            process: None,
+            errors: None,
             heard: heard.clone(),
             seen: 0,
             input: Box::new(input),
@@ -255,10 +303,7 @@ impl Console {
     pub fn expect(&mut self, sign: &str) -> String {
         match self.find(sign, PATIENCE) {
             Some(before) => before,
-            None => panic!(
-                "{sign:?} does not come; the console ends with:\n{}",
-                self.tail()
-            ),
+            None => panic!("{sign:?} does not come; {}", self.circumstances()),
         }
     }
 
@@ -308,9 +353,34 @@ impl Console {
         rest
     }
 
+    /// What there is to say when something is in vain: what came, whether more can come, and what
+    /// its process is at, looked at twice: does it run, or run in circles?
+    pub fn circumstances(&self) -> String {
+        const BETWEEN: Duration = Duration::from_secs(1);
+        let ended = self.heard.text.lock().unwrap().ended;
+        let first = self.process.map(threads).unwrap_or_default();
+        thread::sleep(BETWEEN);
+        let then = self.process.map(threads).unwrap_or_default();
+        let errors = self.errors.as_deref().map(Heard::tail).unwrap_or_default();
+        let reports = errors.lines().filter_map(|line| line.split_once("; see "));
+        let reports = reports.map(|(_, path)| std::fs::read_to_string(path).unwrap_or_default());
+        format!(
+            "the console {} with:\n{}\nerrors:\n{errors}\n{}\nthreads:\n{first}\n{BETWEEN:?} later:\n{then}",
+            if ended { "ended" } else { "is open, and ends" },
+            self.tail(),
+            reports.collect::<String>(),
+        )
+    }
+
+    fn tail(&self) -> String {
+        self.heard.tail()
+    }
+}
+
+impl Heard {
     /// The last lines.
     fn tail(&self) -> String {
-        let text = self.heard.text.lock().unwrap();
+        let text = self.text.lock().unwrap();
         let text = String::from_utf8_lossy(&text.bytes).replace('\r', "");
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(25)..].join("\n")

@@ -7,7 +7,6 @@
 
 use std::collections::HashSet;
 
-use super::console::Console;
 use super::env::Environment;
 use super::loader_conf::{Assignment, parse};
 use crate::source::{BootFs, FileKind, FsError};
@@ -63,23 +62,35 @@ pub struct Config {
     pub blacklist: Vec<String>,
 }
 
+/// Who reads a configuration, and runs the commands in it.
+pub trait Host {
+    /// Where files are.
+    fn fs(&self) -> &dyn BootFs;
+
+    /// What was read so far.
+    fn config(&mut self) -> &mut Config;
+
+    /// Says what is wrong.
+    fn complain(&mut self, text: &str);
+
+    /// Runs a command that a file asks for at `origin`.
+    fn command(&mut self, origin: &str, command: &str);
+}
+
+/// Reads all configuration of a boot file system, over the variables that there are.
+pub fn read(host: &mut dyn Host) {
+    let mut reader = Reader {
+        host,
+        seen: HashSet::new(),
+    };
+    reader.all();
+}
+
 impl Config {
-    /// Reads all configuration of a boot file system, over the variables that `env` has.
-    pub fn read(fs: &dyn BootFs, env: Environment, console: &mut Console<'_>) -> Self {
-        let mut reader = Reader {
-            fs,
-            console,
-            config: Self {
-                env,
-                ..Self::default()
-            },
-            seen: HashSet::new(),
-        };
-        reader.all();
-        let mut config = reader.config;
-        let list = config.env.get("module_blacklist").unwrap_or_default();
-        config.blacklist = words(list);
-        config
+    /// Whether a module is not to be loaded, whatever else is said.
+    pub fn is_blacklisted(&self, key: &str) -> bool {
+        let list = self.env.get("module_blacklist").unwrap_or_default();
+        words(list).iter().any(|module| module == key)
     }
 
     fn module(&mut self, key: &str) -> &mut ModuleSpec {
@@ -117,14 +128,16 @@ fn words(list: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-struct Reader<'a, 'c> {
-    fs: &'a dyn BootFs,
-    console: &'a mut Console<'c>,
-    config: Config,
+struct Reader<'a> {
+    host: &'a mut dyn Host,
     seen: HashSet<String>,
 }
 
-impl Reader<'_, '_> {
+impl Reader<'_> {
+    fn env(&mut self) -> &mut Environment {
+        &mut self.host.config().env
+    }
+
     fn all(&mut self) {
         // What a distribution's defaults say, for trees that have none.
         let defaults = [
@@ -140,30 +153,30 @@ impl Reader<'_, '_> {
         ];
         if !self.file(DEFAULTS) {
             for (name, value) in defaults {
-                self.config.env.set_default(name, value);
+                self.env().set_default(name, value);
             }
             self.files("loader_conf_files");
         }
         for (name, value) in &defaults[..4] {
-            self.config.env.set_default(name, value);
+            self.env().set_default(name, value);
         }
         for directory in self.list("loader_conf_dirs") {
             self.directory(&directory);
         }
         self.files("local_loader_conf_files");
-        let nextboot = self.config.env.get("nextboot_enable");
+        let nextboot = self.env().get("nextboot_enable");
         if nextboot.is_some_and(|value| value.eq_ignore_ascii_case("yes"))
             && let Some(path) = self.list("nextboot_conf").first()
             && self.file(path)
         {
-            self.console.complain(&format!(
+            self.host.complain(&format!(
                 "{path}: in effect until it is removed: nothing is written to the boot file system"
             ));
         }
     }
 
-    fn list(&self, name: &str) -> Vec<String> {
-        words(self.config.env.get(name).unwrap_or_default())
+    fn list(&mut self, name: &str) -> Vec<String> {
+        words(self.env().get(name).unwrap_or_default())
     }
 
     fn files(&mut self, name: &str) {
@@ -173,7 +186,7 @@ impl Reader<'_, '_> {
     }
 
     fn directory(&mut self, path: &str) {
-        let Ok(entries) = self.fs.read_dir(path) else {
+        let Ok(entries) = self.host.fs().read_dir(path) else {
             return;
         };
         for entry in entries {
@@ -194,15 +207,15 @@ impl Reader<'_, '_> {
             }
             if self.seen.len() >= FILES_MAX {
                 let text = format!("{path}: not read: there are more than {FILES_MAX} files");
-                self.console.complain(&text);
+                self.host.complain(&text);
                 break;
             }
             self.seen.insert(path.clone());
-            let text = match self.fs.read_file(&path, FILE_MAX) {
+            let text = match self.host.fs().read_file(&path, FILE_MAX) {
                 Ok(bytes) => Some(bytes),
                 Err(FsError::NotFound | FsError::NotDirectory) => None,
                 Err(error) => {
-                    self.console.complain(&format!("{path}: {error}"));
+                    self.host.complain(&format!("{path}: {error}"));
                     None
                 }
             };
@@ -220,36 +233,40 @@ impl Reader<'_, '_> {
         let mut named = Vec::new();
         for line in parse(text) {
             let result = match line {
-                Ok(Assignment { line, name, value }) => self
-                    .expand(&value)
-                    .map(|value| match name.as_str() {
-                        "exec" => self.console.command(&format!("{path}:{line}"), &value),
-                        "loader_conf_files" => {
-                            self.config.env.set(&name, &value);
-                            named.extend(self.list(&name));
+                Ok(Assignment { line, name, value }) => match self.expand(&value) {
+                    Ok(value) => {
+                        match name.as_str() {
+                            "exec" => self.host.command(&format!("{path}:{line}"), &value),
+                            "loader_conf_files" => {
+                                self.env().set(&name, &value);
+                                named.extend(self.list(&name));
+                            }
+                            _ => self.host.config().assign(&name, value),
                         }
-                        _ => self.config.assign(&name, value),
-                    })
-                    .map_err(|error| (line, error)),
+                        Ok(())
+                    }
+                    Err(error) => Err((line, error)),
+                },
                 Err(error) => Err((error.line, error.to_string())),
             };
             if let Err((line, error)) = result {
-                self.console.complain(&format!("{path}:{line}: {error}"));
+                self.host.complain(&format!("{path}:{line}: {error}"));
             }
         }
         named
     }
 
-    /// Puts values in the places of `${name}`.
-    fn expand(&self, value: &str) -> Result<String, String> {
+    /// Puts values in the places of `${name}` and `$name`.
+    fn expand(&mut self, value: &str) -> Result<String, String> {
         let mut expanded = String::new();
         let mut rest = value;
-        while let Some((before, after)) = rest.split_once("${") {
-            let Some((name, after)) = after.split_once('}') else {
-                break;
-            };
+        while let Some((before, after)) = rest.split_once('$') {
             expanded += before;
-            expanded += self.config.env.get(name).unwrap_or_default();
+            let (name, after) = variable(after);
+            match name {
+                "" => expanded.push('$'),
+                name => expanded += self.env().get(name).unwrap_or_default(),
+            }
             rest = after;
             if expanded.len() > VALUE_MAX {
                 break;
@@ -261,4 +278,14 @@ impl Reader<'_, '_> {
             _ => Err(format!("the value has more than {VALUE_MAX} bytes")),
         }
     }
+}
+
+/// The name behind a dollar sign, which is empty if there is none, and what follows it.
+fn variable(text: &str) -> (&str, &str) {
+    if let Some((name, after)) = text.strip_prefix('{').and_then(|text| text.split_once('}')) {
+        return (name, after);
+    }
+    let part = |c: char| c.is_ascii_alphanumeric() || "_.".contains(c);
+    let end = text.find(|c| !part(c)).unwrap_or(text.len());
+    text.split_at(end)
 }

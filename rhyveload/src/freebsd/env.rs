@@ -116,6 +116,18 @@ impl Environment {
         self.put(name, value, false);
     }
 
+    /// Takes a variable away, whoever set it.
+    pub fn unset(&mut self, name: &str) {
+        self.vars.retain(|var| var.name != name);
+    }
+
+    /// All variables with their values.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.vars
+            .iter()
+            .map(|var| (var.name.as_str(), var.value.as_str()))
+    }
+
     fn put(&mut self, name: &str, value: &str, pinned: bool) {
         self.vars.retain(|var| var.name != name);
         self.vars.push(Var {

@@ -2,22 +2,22 @@
 
 use std::fmt::Write;
 
-use object::elf::{ET_EXEC, SHT_SYMTAB};
+use object::elf::SHT_SYMTAB;
 
-use super::FreebsdError;
 use super::metadata::{
     FileRecords, MODINFOMD_DYNAMIC, MODINFOMD_ELFHDR, MODINFOMD_ESYM, MODINFOMD_SHDR,
     MODINFOMD_SSYM,
 };
 use super::modmeta::{self, Modules};
 use super::sections::{Sections, kind, link, offset, size};
+use super::{FreebsdError, REACH};
 use crate::elf::Elf;
 use crate::plan::{Blob, PlanError, Protocol, Segment};
 use crate::source::Source;
-use crate::space::Space;
+use crate::space::{Space, SpaceError};
 
-/// bhyveload's copyin keeps these bits of an address.
-const COPYIN_MASK: u64 = 0x7fff_ffff;
+/// Where a FreeBSD/amd64 kernel's first gibibyte is mapped (KERNBASE, sys/amd64/include/vmparam.h).
+const KERNBASE: u64 = 0xffff_ffff_8000_0000;
 
 /// A kernel with its place in guest-physical memory.
 #[derive(Clone, Debug)]
@@ -38,13 +38,14 @@ impl Kernel {
     ///
     /// A segment is outside of memory, or over something else.
     pub fn place(elf: &Elf, protocol: Protocol, space: &mut Space) -> Result<Self, PlanError> {
-        // FreeBSD kernels carry p_paddr == p_vaddr, so userboot takes the kernel's base from the
-        // entry point, at a granularity of 16 MiB.
-        let base = (elf.entry & !0xfff) & 0xffff_ffff_ff00_0000;
         let mut segments = Vec::with_capacity(elf.loads.len());
         for (index, load) in elf.loads.iter().enumerate() {
             let gpa = match protocol {
-                Protocol::Freebsd => load.vaddr.wrapping_sub(base) & COPYIN_MASK,
+                // FreeBSD kernels carry p_paddr == p_vaddr. Where the page tables map them is where
+                // userboot puts them, too: its offset is the entry point's, in steps of 16 MiB. A
+                // kernel that could run elsewhere (since 14.0) finds itself there as well.
+                Protocol::Freebsd => load.vaddr % REACH,
+                Protocol::Pvh if load.paddr >= KERNBASE => load.paddr - KERNBASE,
                 _ => load.paddr,
             };
             space.claim(format!("ELF segment {index}"), gpa, load.memsz)?;
@@ -59,6 +60,32 @@ impl Kernel {
         let ends = segments.iter().map(|s| s.gpa + s.memsz);
         Ok(Self {
             base: segments.iter().map(|s| s.gpa).min().unwrap_or(0),
+            end: ends.max().unwrap_or(0).next_multiple_of(8),
+            writable: elf.loads.iter().map(|load| load.writable).collect(),
+            segments,
+        })
+    }
+
+    /// Takes room for a shared object, whose addresses count from `dest`.
+    ///
+    /// # Errors
+    ///
+    /// A segment is outside of memory, or over something else.
+    pub fn place_shared(elf: &Elf, dest: u64, space: &mut Space) -> Result<Self, SpaceError> {
+        let mut segments = Vec::with_capacity(elf.loads.len());
+        for (index, load) in elf.loads.iter().enumerate() {
+            let gpa = dest.saturating_add(load.vaddr);
+            space.claim(format!("ELF segment {index}"), gpa, load.memsz)?;
+            segments.push(Segment {
+                offset: load.offset,
+                filesz: load.filesz,
+                memsz: load.memsz,
+                gpa,
+            });
+        }
+        let ends = segments.iter().map(|s| s.gpa + s.memsz);
+        Ok(Self {
+            base: dest,
             end: ends.max().unwrap_or(0).next_multiple_of(8),
             writable: elf.loads.iter().map(|load| load.writable).collect(),
             segments,
@@ -120,7 +147,7 @@ impl Kernel {
         Ok(Description {
             records,
             summary,
-            modules: modmeta::read(ET_EXEC.0, &sections, image),
+            modules: modmeta::read(false, &sections, image),
         })
     }
 

@@ -1,27 +1,29 @@
-//! loader(8) without its prompt: a kernel, its modules and its environment out of a boot file
-//! system, laid out in guest memory.
+//! loader(8): a kernel, its modules and its environment out of a boot file system, laid out in
+//! guest memory.
 //!
 //! Files are placed one behind the other, as FreeBSD's loader does it, and what they depend on is
 //! loaded when it is missed. Nothing is copied here: [`Loader::finish`] says what is to be copied.
+//! What is loaded is decided by the configuration, and by the commands of [`super::shell`].
 
 use vmm_api::memory::MemoryLayout;
 use vmm_api::regs::Registers;
 
-use super::config::{Config, ModuleSpec};
+use super::config::{self, Config, ModuleSpec};
 use super::console::Console;
 use super::env::Environment;
 use super::kernel::Kernel;
 use super::metadata::FileRecords;
 use super::modmeta::{Dependency, Modules};
-use super::module::{Module, ModuleError};
+use super::module::{self, Module, ModuleError};
 use super::search::{self, Versions};
-use super::{FreebsdError, PAGE, check_entry, hand_off, new_space, registers};
+use super::{FreebsdError, PAGE, Via, hand_off, new_space};
 use crate::elf::{self, Elf};
 use crate::image::{Image, ImageError};
 use crate::linux::bzimage;
 use crate::linux::vmlinux::is_vmlinux;
-use crate::plan::{Blob, PlanError, Protocol, Segment};
+use crate::plan::{Blob, PlanError, Segment};
 use crate::progress::Progress;
+use crate::source::devices::Devices;
 use crate::source::{BootFs, FsError, Source};
 use crate::space::{Space, SpaceError};
 
@@ -56,6 +58,9 @@ pub enum LoaderError {
     /// What the kernel is handed has no room.
     #[error("cannot hand over to the kernel")]
     HandOff(#[source] PlanError),
+    /// Nobody is there any more.
+    #[error("the terminal is gone")]
+    Terminal(#[source] std::io::Error),
 }
 
 /// Why a file other than the kernel is left out.
@@ -110,29 +115,41 @@ pub enum FileError {
     /// Too many.
     #[error("more than {FILES_MAX} files")]
     TooMany,
+    /// Modules come behind a kernel.
+    #[error("no kernel is loaded")]
+    NoKernel,
 }
 
 /// A file that was loaded.
 #[derive(Debug)]
-struct Loaded {
+pub(super) struct Loaded {
     image: Image,
     segments: Vec<Segment>,
-    records: FileRecords,
-    modules: Modules,
+    /// What the loader adds.
+    blobs: Vec<Blob>,
+    /// What the kernel is told of it.
+    pub records: FileRecords,
+    /// What it provides and needs.
+    pub modules: Modules,
 }
 
 /// A loader at work.
 #[derive(Debug)]
 pub struct Loader<'a, 'c> {
-    fs: &'a dyn BootFs,
+    pub(super) devices: &'a mut Devices,
+    pub(super) console: &'a mut Console<'c>,
+    /// Variables, and the modules to load.
+    pub(super) config: Config,
+    pub(super) files: Vec<Loaded>,
+    /// How many files with commands are being read, one by the other.
+    pub(super) depth: usize,
     layout: MemoryLayout,
-    console: &'a mut Console<'c>,
+    via: Via,
     progress: &'a mut Progress,
-    env: Environment,
-    files: Vec<Loaded>,
-    blobs: Vec<Blob>,
+    /// What `module_path` was before a kernel's directory came in front, and with it.
+    paths: Option<(String, String)>,
     space: Space,
-    entry: u64,
+    registers: Registers,
 }
 
 /// What a loader came to.
@@ -160,30 +177,67 @@ pub struct LoadedFile {
 }
 
 impl<'a, 'c> Loader<'a, 'c> {
-    /// A loader that has loaded nothing yet.
+    /// A loader that has loaded nothing yet. The kernel will be entered `via` a protocol.
     ///
     /// # Errors
     ///
     /// The guest has too little memory for the loader's own pages.
     pub fn new(
-        fs: &'a dyn BootFs,
+        devices: &'a mut Devices,
         layout: MemoryLayout,
+        via: Via,
         env: Environment,
         console: &'a mut Console<'c>,
         progress: &'a mut Progress,
     ) -> Result<Self, LoaderError> {
-        let space = new_space(layout).map_err(|error| LoaderError::HandOff(error.into()))?;
+        let space = new_space(layout, via).map_err(|error| LoaderError::HandOff(error.into()))?;
         Ok(Self {
-            fs,
-            layout,
+            devices,
             console,
-            progress,
-            env,
+            config: Config {
+                env,
+                ..Config::default()
+            },
             files: Vec::new(),
-            blobs: Vec::new(),
+            depth: 0,
+            layout,
+            via,
+            progress,
+            paths: None,
             space,
-            entry: 0,
+            registers: Registers::default(),
         })
+    }
+
+    /// Reads the configuration of the current device, over the variables that there are.
+    pub fn configure(&mut self) {
+        config::read(self);
+    }
+
+    pub(super) fn env(&self) -> &Environment {
+        &self.config.env
+    }
+
+    /// Forgets all files.
+    pub fn unload(&mut self) {
+        self.files.clear();
+        // It fit before.
+        if let Ok(space) = new_space(self.layout, self.via) {
+            self.space = space;
+        }
+        self.config.env.unset("kernelname");
+    }
+
+    /// Loads the kernel and the modules that the configuration asks for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load_kernel`].
+    pub fn load_configured(&mut self) -> Result<(), LoaderError> {
+        self.unload();
+        self.load_kernel()?;
+        self.load_modules();
+        Ok(())
     }
 
     /// Loads the kernel that the environment asks for.
@@ -192,31 +246,46 @@ impl<'a, 'c> Loader<'a, 'c> {
     ///
     /// It is not there, or it is no kernel that fits.
     pub fn load_kernel(&mut self) -> Result<(), LoaderError> {
-        let found = search::find_kernel(self.fs, &self.env);
+        // The directory of the kernel before is no place to look for this one's modules.
+        if let Some((before, with)) = self.paths.take()
+            && self.env().get("module_path") == Some(&with)
+        {
+            self.config.env.set("module_path", &before);
+        }
+        let env = self.env();
+        let before = env.get("module_path").unwrap_or_default().to_owned();
+        let found = search::find_kernel(self.devices, env);
         let found = found.ok_or_else(|| LoaderError::NoKernel {
-            kernel: self.env.get("kernel").unwrap_or("kernel").to_owned(),
-            bootfile: self.env.get("bootfile").unwrap_or("kernel").to_owned(),
+            kernel: env.get("kernel").unwrap_or("kernel").to_owned(),
+            bootfile: env.get("bootfile").unwrap_or("kernel").to_owned(),
         })?;
-        self.env.set("module_path", &found.module_path);
-        let (path, args) = (
-            found.path,
-            self.env
-                .get("kernel_options")
-                .unwrap_or_default()
-                .to_owned(),
-        );
-        self.kernel(&path, args)
-            .map_err(|source| LoaderError::Kernel {
-                path: path.clone(),
+        let args = env.get("kernel_options").unwrap_or_default().to_owned();
+        self.config.env.set("module_path", &found.module_path);
+        self.paths = Some((before, found.module_path));
+        self.kernel_file(&found.path, args)
+    }
+
+    /// Loads a kernel from a file, in place of whatever was loaded.
+    ///
+    /// # Errors
+    ///
+    /// It is no kernel that fits; nothing is loaded then.
+    pub fn kernel_file(&mut self, path: &str, args: String) -> Result<(), LoaderError> {
+        self.unload();
+        if let Err(source) = self.kernel(path, args) {
+            self.unload();
+            return Err(LoaderError::Kernel {
+                path: path.to_owned(),
                 source,
-            })?;
-        self.env.force("kernelname", &path);
+            });
+        }
+        self.config.env.force("kernelname", path);
         Ok(())
     }
 
     fn kernel(&mut self, path: &str, args: String) -> Result<(), PlanError> {
         let read = |error| PlanError::Read(std::io::Error::other(error));
-        let (file, _) = search::open(self.fs, path).map_err(read)?;
+        let (file, _) = search::open(self.devices, path).map_err(read)?;
         let image = Image::new(file, self.room(), self.progress)?;
         let head = image.head(elf::HEAD).map_err(PlanError::Read)?;
         if bzimage::is_bzimage(&head) {
@@ -229,17 +298,18 @@ impl<'a, 'c> Loader<'a, 'c> {
         if is_vmlinux(&elf) {
             return Err(FreebsdError::Linux.into());
         }
-        let mut kernel = Kernel::place(&elf, Protocol::Freebsd, &mut self.space)?;
-        check_entry(&elf, &kernel)?;
-        let described = kernel.describe(&elf, &image, &mut self.space, &mut self.blobs)?;
+        let mut kernel = Kernel::place(&elf, self.via.protocol(), &mut self.space)?;
+        self.registers = self.via.registers(&elf, &kernel)?;
+        let mut blobs = Vec::new();
+        let described = kernel.describe(&elf, &image, &mut self.space, &mut blobs)?;
         self.console.say(&format!("{path} {}", described.summary));
         let mut records = described.records;
         records.name = path.to_owned();
         records.args = args;
-        self.entry = elf.entry;
         self.files.push(Loaded {
             image,
             segments: kernel.segments,
+            blobs,
             records,
             modules: described.modules,
         });
@@ -248,16 +318,23 @@ impl<'a, 'c> Loader<'a, 'c> {
 
     /// Loads the modules that the configuration asks for. Those that cannot be loaded are named,
     /// and left out.
-    pub fn load_modules(&mut self, config: &Config) {
-        for spec in config.modules.iter().filter(|spec| spec.load) {
-            if config.blacklist.contains(&spec.key) {
+    pub fn load_modules(&mut self) {
+        let mut index = 0;
+        // Commands may change what is to be loaded.
+        while let Some(spec) = self.config.modules.get(index).cloned() {
+            index += 1;
+            if !spec.load {
+                continue;
+            }
+            let spec = &spec;
+            if self.config.is_blacklisted(&spec.key) {
                 let text = format!("not loading blacklisted module '{}'", spec.key);
                 self.console.say(&text);
                 continue;
             }
             self.command(spec, "before", spec.before.as_deref());
             let loaded = match &spec.kind {
-                Some(kind) => self.load_raw(spec, kind),
+                Some(kind) => self.load_raw(spec.file(), kind, &spec.flags),
                 None => self.load_kld(spec.file(), &spec.flags),
             };
             match loaded {
@@ -274,7 +351,7 @@ impl<'a, 'c> Loader<'a, 'c> {
     fn command(&mut self, spec: &ModuleSpec, suffix: &str, command: Option<&str>) {
         if let Some(command) = command {
             let origin = format!("{}_{suffix}", spec.key);
-            self.console.command(&origin, command);
+            self.obey(&origin, command);
         }
     }
 
@@ -285,12 +362,12 @@ impl<'a, 'c> Loader<'a, 'c> {
     /// See [`FileError`]; nothing is loaded then.
     pub fn load_kld(&mut self, name: &str, args: &str) -> Result<(), FileError> {
         let path = match search::has_path(name) {
-            true => search::find_kld(self.fs, &self.env, name),
+            true => search::find_kld(self.devices, self.env(), name),
             false => {
                 if self.provided(name, None) {
                     return Ok(());
                 }
-                search::find_module(self.fs, &self.env, name, None)
+                search::find_module(self.devices, self.env(), name, None)
             }
         };
         let path = path.ok_or_else(|| FileError::NotFound(name.to_owned()))?;
@@ -318,7 +395,8 @@ impl<'a, 'c> Loader<'a, 'c> {
             };
             self.console
                 .say(&format!("loading required module '{}'", need.name));
-            let path = search::find_module(self.fs, &self.env, &need.name, Some(need.versions));
+            let path =
+                search::find_module(self.devices, self.env(), &need.name, Some(need.versions));
             let path = path.ok_or_else(|| wrap(FileError::NotFound(need.name.clone())))?;
             self.load_object(path, "").map_err(wrap)?;
             if !self.provided(&need.name, Some(need.versions)) {
@@ -353,28 +431,56 @@ impl<'a, 'c> Loader<'a, 'c> {
             return Ok(());
         }
         let image = self.open(&path, true)?;
-        let module = Module::place(&image, self.next().next_multiple_of(PAGE));
-        let mut module = module.map_err(|source| FileError::Module {
+        let mut file = self.object(image).map_err(|source| FileError::Module {
             path: path.clone(),
             source,
         })?;
-        let (addr, size) = (module.records.addr, module.records.size);
+        let (addr, size) = (file.records.addr, file.records.size);
         self.console
             .say(&format!("{path} size {size:#x} at {addr:#x}"));
-        module.records.name = path;
-        module.records.args = args.to_owned();
-        self.add(Loaded {
+        file.records.name = path;
+        file.records.args = args.to_owned();
+        self.add(file)
+    }
+
+    /// Lays out a module: relocatable, as amd64's are, or a shared object, as i386's are.
+    fn object(&self, image: Image) -> Result<Loaded, ModuleError> {
+        let dest = self.next().next_multiple_of(PAGE);
+        let head = image.head(elf::HEAD).map_err(ModuleError::Read)?;
+        if module::is_shared(&head) {
+            let elf = Elf::parse_shared(&head, &image)?;
+            // What is claimed here is claimed again, as a whole, when it is added.
+            let mut space = self.space.clone();
+            let mut placed = Kernel::place_shared(&elf, dest, &mut space)?;
+            let mut blobs = Vec::new();
+            let described = placed.describe(&elf, &image, &mut space, &mut blobs);
+            let mut described = described.map_err(|error| ModuleError::Shared(Box::new(error)))?;
+            described.records.kind = "elf module".to_owned();
+            return Ok(Loaded {
+                image,
+                segments: placed.segments,
+                blobs,
+                records: described.records,
+                modules: described.modules,
+            });
+        }
+        let module = Module::place(&image, dest)?;
+        Ok(Loaded {
             image,
             segments: module.segments,
+            blobs: Vec::new(),
             records: module.records,
             modules: module.modules,
         })
     }
 
     /// Loads a file of a type that the loader does not look into.
-    fn load_raw(&mut self, spec: &ModuleSpec, kind: &str) -> Result<(), FileError> {
-        let name = spec.file();
-        let path = search::find_file(self.fs, &self.env, name, &[""]);
+    ///
+    /// # Errors
+    ///
+    /// See [`FileError`]; nothing is loaded then.
+    pub fn load_raw(&mut self, name: &str, kind: &str, args: &str) -> Result<(), FileError> {
+        let path = search::find_file(self.devices, self.env(), name, &[""]);
         let path = path.ok_or_else(|| FileError::NotFound(name.to_owned()))?;
         if self
             .files
@@ -393,9 +499,11 @@ impl<'a, 'c> Loader<'a, 'c> {
             gpa: records.addr,
         };
         records.name = path;
+        records.args = args.to_owned();
         self.add(Loaded {
             image,
             segments: vec![segment],
+            blobs: Vec::new(),
             records,
             modules: Modules::default(),
         })
@@ -404,7 +512,7 @@ impl<'a, 'c> Loader<'a, 'c> {
     /// Opens a file; one that is compressed is expanded, if that is asked for or if it was found by
     /// the name of what is inside.
     fn open(&mut self, path: &str, expand: bool) -> Result<Image, FileError> {
-        let (file, gz) = search::open(self.fs, path).map_err(|source| FileError::Open {
+        let (file, gz) = search::open(self.devices, path).map_err(|source| FileError::Open {
             path: path.to_owned(),
             source,
         })?;
@@ -432,6 +540,9 @@ impl<'a, 'c> Loader<'a, 'c> {
         if self.files.len() >= FILES_MAX {
             return Err(FileError::TooMany);
         }
+        if self.files.is_empty() {
+            return Err(FileError::NoKernel);
+        }
         let records = &file.records;
         // Behind everything else, so that it can only be too long.
         self.space
@@ -446,10 +557,19 @@ impl<'a, 'c> Loader<'a, 'c> {
 
     /// Finds the root file system in `/etc/fstab`, unless the environment names it.
     fn find_root(&mut self) {
-        if self.env.get("vfs.root.mountfrom").is_some() {
+        if self.env().get("vfs.root.mountfrom").is_some() {
             return;
         }
-        let Ok(fstab) = self.fs.read_file("/etc/fstab", FSTAB_MAX) else {
+        // The device of the root file system, as a loader names it, is the current one or $rootdev.
+        let device = self.env().get("rootdev").unwrap_or_default();
+        let device = device.trim_end_matches('/');
+        let colon = if device.is_empty() || device.ends_with(':') {
+            ""
+        } else {
+            ":"
+        };
+        let path = format!("{device}{colon}/etc/fstab");
+        let Ok(fstab) = self.devices.read_file(&path, FSTAB_MAX) else {
             return;
         };
         let fstab = String::from_utf8_lossy(&fstab);
@@ -460,8 +580,8 @@ impl<'a, 'c> Loader<'a, 'c> {
         let root = lines.find(|fields| fields.get(1) == Some(&"/"));
         if let Some(&[device, _, kind, options, ..]) = root.as_deref() {
             let from = format!("{kind}:{device}");
-            self.env.set("vfs.root.mountfrom", &from);
-            self.env.set("vfs.root.mountfrom.options", options);
+            self.config.env.set("vfs.root.mountfrom", &from);
+            self.config.env.set("vfs.root.mountfrom.options", options);
         }
     }
 
@@ -472,13 +592,17 @@ impl<'a, 'c> Loader<'a, 'c> {
     /// There is no room for it.
     pub fn finish(mut self) -> Result<Outcome, LoaderError> {
         self.find_root();
-        let (mut records, files): (Vec<_>, Vec<_>) = self
-            .files
-            .into_iter()
-            .map(|file| (file.records, (file.image, file.segments)))
+        let mut blobs = Vec::new();
+        let files = self.files.into_iter();
+        let (mut records, files): (Vec<_>, Vec<_>) = files
+            .map(|mut file| {
+                blobs.append(&mut file.blobs);
+                (file.records, (file.image, file.segments))
+            })
             .unzip();
-        let low = hand_off(&mut records, &self.env, self.layout, &mut self.space);
-        self.blobs.extend(low.map_err(LoaderError::HandOff)?);
+        let env = self.config.env;
+        let low = hand_off(&mut records, &env, self.layout, self.via, &mut self.space);
+        blobs.extend(low.map_err(LoaderError::HandOff)?);
         let files = records.into_iter().zip(files);
         Ok(Outcome {
             files: files
@@ -488,15 +612,15 @@ impl<'a, 'c> Loader<'a, 'c> {
                     segments,
                 })
                 .collect(),
-            blobs: self.blobs,
-            registers: registers(self.entry),
-            env: self.env,
+            blobs,
+            registers: self.registers,
+            env,
         })
     }
 }
 
 /// `outer: cause: its cause`.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -28,6 +28,9 @@ pub const MODINFOMD_SHDR: u32 = 0x0009;
 /// The memory map.
 pub const MODINFOMD_SMAP: u32 = 0x1001;
 
+/// Where the module list itself is.
+pub const MODINFOMD_MODULEP: u32 = 0x1006;
+
 /// One range of the memory map (struct bios_smap).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Smap {

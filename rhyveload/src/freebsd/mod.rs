@@ -1,11 +1,12 @@
 //! FreeBSD's hand-off: a kernel entered in long mode with a module list, as bhyve's userboot does
 //! it (sys/boot/userboot/userboot/elf64_freebsd.c).
 //!
-//! [`loader`] does what loader(8) does with a boot file system: [`config`] reads loader.conf (its
-//! grammar is [`loader_conf`]), [`search`] finds files, [`kernel`] and [`module`] say where their
-//! parts go, [`modmeta`] what they need. [`mod@env`] and [`metadata`] make what the kernel reads,
-//! [`pagetable`] the fixed low pages; [`hand_off`] puts these behind what was loaded. A plain static ELF64 file, as our probe guest is, is entered
-//! the same way, but loaded at its physical addresses.
+//! [`session`] is a loader from its banner to the boot; [`menu`] and the commands of [`shell`] are its
+//! user's. [`loader`] does the work: [`config`] reads loader.conf (its grammar is [`loader_conf`]),
+//! [`search`] finds files, [`kernel`] and [`module`] say where their parts go, [`modmeta`] what they
+//! need. [`mod@env`] and [`metadata`] make what the kernel reads, [`pagetable`] the fixed low pages;
+//! [`hand_off`] puts these behind what was loaded. A plain static ELF64 file, as our probe guest is, is
+//! entered the same way, but loaded at its physical addresses.
 
 pub mod config;
 pub mod console;
@@ -13,24 +14,31 @@ pub mod env;
 pub mod kernel;
 pub mod loader;
 pub mod loader_conf;
+pub mod menu;
 pub mod metadata;
 pub mod modmeta;
 pub mod module;
 pub mod pagetable;
 pub mod search;
 pub mod sections;
+pub mod session;
+pub mod shell;
+pub mod words;
 
-use vmm_api::boot::setup_freebsd_registers;
+use vmm_api::boot::{setup_freebsd_registers, setup_pvh_registers};
 use vmm_api::memory::{HIGHMEM_BASE, MemoryLayout};
 use vmm_api::regs::Registers;
 
 use crate::elf::{Elf, ElfError};
 use crate::plan::{Blob, LoadPlan, PlanError, Protocol, Request};
+use crate::pvh;
 use crate::source::Source;
 use crate::space::{Space, SpaceError};
 use env::Environment;
 use kernel::{Description, Kernel};
-use metadata::{FileRecords, MODINFOMD_ENVP, MODINFOMD_HOWTO, MODINFOMD_KERNEND, Smap};
+use metadata::{
+    FileRecords, MODINFOMD_ENVP, MODINFOMD_HOWTO, MODINFOMD_KERNEND, MODINFOMD_MODULEP, Smap,
+};
 use modmeta::Modules;
 use sections::SectionError;
 
@@ -41,6 +49,52 @@ const PAGE: u64 = 4096;
 
 /// A kernel environment may have so many bytes.
 const ENVIRONMENT_MAX: u64 = 1 << 20;
+
+/// How a FreeBSD kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Via {
+    /// In long mode, as userboot does it.
+    #[default]
+    LongMode,
+    /// By its Xen note, with the module list as PVH's first module (sys/x86/xen/pv.c).
+    Pvh,
+}
+
+impl Via {
+    /// The protocol's name.
+    pub fn protocol(self) -> Protocol {
+        match self {
+            Self::LongMode => Protocol::Freebsd,
+            Self::Pvh => Protocol::Pvh,
+        }
+    }
+
+    /// The registers with which a kernel starts that was put into its place.
+    ///
+    /// # Errors
+    ///
+    /// Its entry point is not loaded, or not mapped to where it is loaded, or it has none for PVH.
+    pub fn registers(self, elf: &Elf, kernel: &Kernel) -> Result<Registers, PlanError> {
+        match self {
+            Self::LongMode => {
+                check_entry(elf, kernel)?;
+                Ok(registers(elf.entry))
+            }
+            Self::Pvh => {
+                let entry = elf.pvh_entry.ok_or(PlanError::NoPvh)?;
+                let holds = |segment: &&crate::plan::Segment| {
+                    entry
+                        .checked_sub(segment.gpa)
+                        .is_some_and(|at| at < segment.memsz)
+                };
+                let segment = kernel.segments.iter().find(holds);
+                segment.ok_or(ElfError::Entry(entry))?;
+                // Segments lie below 1 GiB.
+                Ok(setup_pvh_registers(entry as u32, pvh::START_INFO as u32))
+            }
+        }
+    }
+}
 
 /// Why a kernel cannot be entered as FreeBSD's is.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +141,7 @@ pub fn plan(
             why: "their root disk is a module of type mfs_root or a virtual disk",
         });
     }
-    let mut space = new_space(request.layout)?;
+    let mut space = new_space(request.layout, Via::LongMode)?;
     let mut kernel = Kernel::place(elf, protocol, &mut space)?;
     check_entry(elf, &kernel)?;
     let mut blobs = Vec::new();
@@ -106,7 +160,7 @@ pub fn plan(
         env.force("cmdline", cmdline);
     }
     let mut files = [description.records];
-    let low = hand_off(&mut files, &env, request.layout, &mut space)?;
+    let low = hand_off(&mut files, &env, request.layout, Via::LongMode, &mut space)?;
     blobs.extend(low);
     Ok(LoadPlan {
         protocol,
@@ -118,14 +172,19 @@ pub fn plan(
     })
 }
 
-/// Guest memory as far as a FreeBSD kernel's page tables reach, less the loader's own pages.
+/// Guest memory as far as a FreeBSD kernel's page tables reach, less the loader's own pages. Those
+/// that it makes for itself when it is entered by PVH reach as far.
 ///
 /// # Errors
 ///
 /// There is less memory than that.
-pub fn new_space(layout: MemoryLayout) -> Result<Space, SpaceError> {
+pub fn new_space(layout: MemoryLayout, via: Via) -> Result<Space, SpaceError> {
     let mut space = Space::new(layout, REACH);
-    space.claim("the loader's own pages", 0, pagetable::END)?;
+    let end = match via {
+        Via::LongMode => pagetable::END,
+        Via::Pvh => pvh::END,
+    };
+    space.claim("the loader's own pages", 0, end)?;
     Ok(space)
 }
 
@@ -134,8 +193,8 @@ pub fn registers(entry: u64) -> Registers {
     setup_freebsd_registers(entry, pagetable::PML4, pagetable::GDT, pagetable::STACK)
 }
 
-/// What follows the files in memory, and the low pages: environment, module list, stack, page
-/// tables, GDT. The first of `files` is the kernel.
+/// What follows the files in memory, and the low pages: environment, module list; stack, page
+/// tables, GDT, or PVH's start information. The first of `files` is the kernel.
 ///
 /// # Errors
 ///
@@ -144,6 +203,7 @@ pub fn hand_off(
     files: &mut [FileRecords],
     env: &Environment,
     layout: MemoryLayout,
+    via: Via,
     space: &mut Space,
 ) -> Result<[Blob; 3], PlanError> {
     // All of these were claimed below 1 GiB.
@@ -161,6 +221,9 @@ pub fn hand_off(
         kernel.add(MODINFOMD_HOWTO, env.howto(&kernel.args).to_le_bytes());
         kernel.add(MODINFOMD_ENVP, envp.to_le_bytes());
         kernel.add(MODINFOMD_KERNEND, 0u64.to_le_bytes());
+        if via == Via::Pvh {
+            kernel.add(MODINFOMD_MODULEP, modulep.to_le_bytes());
+        }
         kernel.add_smap(&smap(layout));
     }
     let size = metadata::encode(files.iter()).len() as u64;
@@ -178,9 +241,12 @@ pub fn hand_off(
             gpa: modulep,
             bytes: metadata::encode(files.iter()),
         },
-        Blob {
-            gpa: pagetable::STACK,
-            bytes: pagetable::encode(modulep, kernend),
+        match via {
+            Via::LongMode => Blob {
+                gpa: pagetable::STACK,
+                bytes: pagetable::encode(modulep, kernend),
+            },
+            Via::Pvh => pvh::freebsd_start_info(layout, modulep, kernend),
         },
     ])
 }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use object::LittleEndian;
-use object::elf::{ET_REL, R_X86_64_64, R_X86_64_RELATIVE, Rela64, SHT_NOBITS, SHT_RELA};
+use object::elf::{R_X86_64_64, R_X86_64_RELATIVE, Rela64, SHT_NOBITS, SHT_RELA};
 use object::pod::slice_from_all_bytes;
 
 use super::search::Versions;
@@ -48,9 +48,9 @@ pub struct Modules {
     pub needs: Vec<Dependency>,
 }
 
-/// Reads the metadata of a file whose sections have addresses. What is damaged is left out: the
+/// Reads the metadata of a file, relocatable or not, whose sections have addresses. What is damaged is left out: the
 /// kernel reads it again, and says more.
-pub fn read(e_type: u16, sections: &Sections, image: &dyn Source) -> Modules {
+pub fn read(relocatable: bool, sections: &Sections, image: &dyn Source) -> Modules {
     let mut modules = Modules::default();
     let Some(set) = sections.find(SET, image) else {
         return modules;
@@ -58,13 +58,13 @@ pub fn read(e_type: u16, sections: &Sections, image: &dyn Source) -> Modules {
     let mut memory = Memory {
         sections,
         image,
-        relocatable: e_type == ET_REL.0,
+        relocatable,
         relocations: HashMap::new(),
     };
     memory.relocate();
     for index in 0..(size(set) / 8).min(ENTRIES_MAX) {
-        let entry = memory.pointer(addr(set) + 8 * index);
-        if let Some(entry) = entry {
+        let at = addr(set).checked_add(8 * index);
+        if let Some(entry) = at.and_then(|at| memory.pointer(at)) {
             memory.entry(entry, &mut modules);
         }
     }

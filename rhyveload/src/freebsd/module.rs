@@ -3,16 +3,17 @@
 
 use object::LittleEndian;
 use object::elf::{
-    EM_X86_64, ET_REL, SHT_NOBITS, SHT_PROGBITS, SHT_REL, SHT_RELA, SHT_STRTAB, SHT_SYMTAB,
+    EM_X86_64, ET_DYN, ET_REL, SHT_NOBITS, SHT_PROGBITS, SHT_REL, SHT_RELA, SHT_STRTAB, SHT_SYMTAB,
     SHT_X86_64_UNWIND,
 };
 
 use super::metadata::{FileRecords, MODINFOMD_ELFHDR, MODINFOMD_SHDR};
 use super::modmeta::{self, Modules};
 use super::sections::{SectionError, Sections, addr, kind, link, offset, size};
-use crate::elf;
-use crate::plan::Segment;
+use crate::elf::{self, ElfError};
+use crate::plan::{PlanError, Segment};
 use crate::source::Source;
+use crate::space::SpaceError;
 
 /// Why a file is no module.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +28,7 @@ pub enum ModuleError {
     #[error("a module for another machine (e_machine {0}), not x86-64")]
     Machine(u16),
     /// Type.
-    #[error("not a relocatable ELF file (e_type {0}), as amd64 modules are")]
+    #[error("neither a relocatable nor a shared ELF file (e_type {0}), as modules are")]
     Type(u16),
     /// Section headers.
     #[error(transparent)]
@@ -44,6 +45,21 @@ pub enum ModuleError {
     /// Reading failed.
     #[error("cannot read it")]
     Read(#[source] std::io::Error),
+    /// A shared object's headers.
+    #[error(transparent)]
+    Elf(#[from] ElfError),
+    /// A shared object has no place.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
+    /// A shared object cannot be described.
+    #[error(transparent)]
+    Shared(Box<PlanError>),
+}
+
+/// Whether a file begins as a shared object does.
+pub fn is_shared(head: &[u8]) -> bool {
+    let kind = head.get(16..18);
+    head.starts_with(elf::MAGIC) && kind == Some(&ET_DYN.0.to_le_bytes())
 }
 
 /// A module with its place in memory.
@@ -90,7 +106,7 @@ impl Module {
         Ok(Self {
             segments,
             records,
-            modules: modmeta::read(ET_REL.0, &sections, image),
+            modules: modmeta::read(true, &sections, image),
         })
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! [`Source`] is bytes at offsets. [`BootFs`] is a file system that a loader reads `/boot` from: a
 //! directory of the host ([`dir`]), or what [`disk`] finds on a disk image by [`partition`] and
-//! reads by [`ufs`] or [`ext4`]. All of it is read-only, without root and without a mount.
+//! reads by [`ufs`], [`ext4`] or [`fat`]. [`devices`] is all of them under their names. All of it is
+//! read-only, without root and without a mount.
 
+pub mod devices;
 pub mod dir;
 pub mod disk;
 pub mod ext4;
+pub mod fat;
 pub mod partition;
 pub mod ufs;
 
@@ -26,6 +29,11 @@ pub trait Source: std::fmt::Debug {
     ///
     /// There are fewer bytes, or reading failed.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// The file that has these bytes at the same offsets, if there is one.
+    fn file(&self) -> Option<&File> {
+        None
+    }
 
     /// The first bytes, `limit` at most.
     ///
@@ -98,6 +106,10 @@ impl Source for FileSource {
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(bytes, offset)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 }
 

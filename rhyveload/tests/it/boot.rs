@@ -13,11 +13,12 @@ use rhyveload::plan_kernel;
 use vmm_api::memory::MemFile;
 
 use crate::disks::makefs;
-use crate::freebsd_files::{KERNBASE, Meta, kernel, module};
+use crate::freebsd_files::{KERNBASE, Meta, kernel, kernel_with, module, shared};
+use crate::kernels::{Ph, xen_note};
 use crate::process::{EXE, Place, stderr, stdout};
 
 /// A boot tree as the seed of this project has it: a kernel, two modules, a memory disk.
-fn tree(place: &Place) -> PathBuf {
+pub fn tree(place: &Place) -> PathBuf {
     let root = place.tmp.path().join("guest");
     for dir in ["boot/kernel", "boot/defaults", "boot/modules", "etc"] {
         fs::create_dir_all(root.join(dir)).unwrap();
@@ -64,29 +65,35 @@ fn boot(place: &Place, args: &[&str]) -> Output {
 }
 
 /// Guest memory as a kernel that was just entered sees it.
-struct Guest {
+pub struct Guest {
     memory: MemFile,
     kernend: u64,
-    files: Vec<File>,
+    pub files: Vec<File>,
 }
 
 /// One file in the module list: its records by type.
-type File = HashMap<u32, Vec<u8>>;
+pub type File = HashMap<u32, Vec<u8>>;
 
 impl Guest {
-    fn of(place: &Place) -> Self {
+    pub fn of(place: &Place) -> Self {
         let state = place.state();
         let registers = &state.vcpus[0].registers;
         assert_eq!(registers.rip, KERNBASE + 0x20_0010);
+        let mut stack = [0; 12];
         let memory = place.vm().open_memory(&state).unwrap();
+        memory.read(registers.rsp, &mut stack).unwrap();
+        let word = |at: usize| u32::from_le_bytes(stack[at..at + 4].try_into().unwrap());
+        Self::at(memory, word(4).into(), word(8).into())
+    }
+
+    /// The same for a module list that is somewhere.
+    fn at(memory: MemFile, modulep: u64, kernend: u64) -> Self {
         let mut guest = Self {
             memory,
-            kernend: 0,
+            kernend,
             files: Vec::new(),
         };
-        let word = |at| u32::from_le_bytes(guest.bytes(registers.rsp + at, 4).try_into().unwrap());
-        let mut at = u64::from(word(4));
-        guest.kernend = word(8).into();
+        let mut at = modulep;
         loop {
             let head = guest.bytes(at, 8);
             let kind = u32::from_le_bytes(head[..4].try_into().unwrap());
@@ -104,18 +111,18 @@ impl Guest {
         guest
     }
 
-    fn bytes(&self, at: u64, len: u64) -> Vec<u8> {
+    pub fn bytes(&self, at: u64, len: u64) -> Vec<u8> {
         let mut bytes = vec![0; len as usize];
         self.memory.read(at, &mut bytes).unwrap();
         bytes
     }
 
-    fn text(&self, file: usize, kind: u32) -> &str {
+    pub fn text(&self, file: usize, kind: u32) -> &str {
         let bytes = &self.files[file][&kind];
         std::str::from_utf8(bytes.strip_suffix(b"\0").unwrap()).unwrap()
     }
 
-    fn long(&self, file: usize, kind: u32) -> u64 {
+    pub fn long(&self, file: usize, kind: u32) -> u64 {
         u64::from_le_bytes(self.files[file][&kind][..].try_into().unwrap())
     }
 
@@ -127,7 +134,7 @@ impl Guest {
             .collect()
     }
 
-    fn has(&self, var: &str) -> bool {
+    pub fn has(&self, var: &str) -> bool {
         self.env().iter().any(|v| v == var)
     }
 }
@@ -289,7 +296,7 @@ fn what_goes_wrong_is_named_and_the_rest_goes_on() {
     for line in [
         "/boot/loader.conf:2: syntax error: '=' expected after the name",
         "  this is no assignment\n       ^\n",
-        "/boot/loader.conf:11: 'rm -rf /' is not run",
+        "/boot/loader.conf:11: rm -rf /: unknown command 'rm'",
         "/boot/extra.conf:3: syntax error: the closing quote is missing",
         "needy_load: /boot/modules/needy.ko: module 'virtio' exists but with wrong version",
         "lost_load: /boot/modules/lost.ko: can't find 'nowhere'",
@@ -409,6 +416,15 @@ proptest! {
     }
 }
 
+#[test]
+fn a_linker_set_at_the_end_of_all_addresses_is_no_panic() {
+    let mut file = module(&[Meta::Version("a", 1), Meta::Version("b", 1)]);
+    // sh_addralign of section 4 of 10.
+    let at = file.len() - 64 * 6 + 48;
+    file[at..at + 8].copy_from_slice(&u64::MAX.to_le_bytes());
+    check_module(file, 0x40_0000);
+}
+
 /// Whatever is placed comes out of the file.
 fn check_module(file: Vec<u8>, dest: u64) {
     let Ok(module) = Module::place(&file, dest) else {
@@ -427,4 +443,132 @@ fn a_kernel_file_has_its_symbols_too() {
         plan.summary,
         "text=0x80 data=0x0+0x10000 syms=[0x8+0x78+0x8+0xe]"
     );
+}
+
+#[test]
+fn a_kernel_entered_by_pvh_gets_modules_and_variables_too() {
+    let place = Place::new();
+    let root = tree(&place);
+    let path = root.to_str().unwrap();
+    let text = stderr(&boot(
+        &place,
+        &["-m", "64", "-h", path, "--boot", "pvh", "-q"],
+    ));
+    assert!(text.contains("it has no PVH entry point"), "{text}");
+    let has = [Meta::Version("kernel", 1000), Meta::Version("pci", 1)];
+    // Where the note leads is where the segment lies, whatever p_paddr says.
+    let file = kernel_with(&has, &[xen_note(0x20_0020)]);
+    fs::write(root.join("boot/kernel/kernel"), file).unwrap();
+    let text = stdout(&boot(&place, &["-m", "64", "-h", path, "--boot", "pvh"]));
+    assert!(text.ends_with("entry=0x200020 protocol=pvh\n"), "{text}");
+    let state = place.state();
+    let registers = &state.vcpus[0].registers;
+    assert_eq!((registers.rip, registers.rbx), (0x20_0020, 0x6000));
+    let memory = place.vm().open_memory(&state).unwrap();
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        memory.read(at, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    // hvm_start_info: magic and version; one module; the RSDP.
+    assert_eq!(word(0x6000), 1 << 32 | 0x336e_c578);
+    assert_eq!(word(0x6008), 1 << 32);
+    assert_eq!(word(0x6020), 0xf_2400);
+    let module = word(0x6010);
+    let (modulep, len, text) = (word(module), word(module + 8), word(module + 16));
+    assert_ne!(text, 0);
+    let guest = Guest::at(
+        place.vm().open_memory(&state).unwrap(),
+        modulep,
+        modulep + len,
+    );
+    assert_eq!(guest.long(0, 0x9006), modulep);
+    assert_eq!(guest.files.len(), 4);
+    assert_eq!(guest.text(3, 2), "md_image");
+    assert!(guest.has("hw.name=file"));
+    let output = boot(&place, &["-h", path, "--boot", "linux64"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn shared_modules_and_kernels_with_a_red_herring_are_loaded() {
+    let place = Place::new();
+    let root = tree(&place);
+    let interpreter = |name: &[u8]| Ph {
+        kind: 3,
+        ..Ph::load(0, 4, name, 13)
+    };
+    let has = [Meta::Version("kernel", 1000), Meta::Version("pci", 1)];
+    let file = kernel_with(&has, &[interpreter(b"/red/herring\0")]);
+    fs::write(root.join("boot/kernel/kernel"), file).unwrap();
+    let needs = [Meta::Version("sh", 1), Meta::Depend("virtio", [1, 1, 1])];
+    fs::write(root.join("boot/modules/sh.ko"), shared(&needs)).unwrap();
+    fs::write(root.join("boot/loader.conf"), "sh_load=YES\n").unwrap();
+    let path = root.to_str().unwrap();
+    let text = stdout(&boot(&place, &["-m", "64", "-h", path]));
+    assert!(
+        text.contains("/boot/modules/sh.ko size 0x210098 at 0x411000"),
+        "{text}"
+    );
+    let guest = Guest::of(&place);
+    let names: Vec<_> = (0..3)
+        .map(|n| (guest.text(n, 1), guest.text(n, 2)))
+        .collect();
+    assert_eq!(names[1], ("/boot/modules/sh.ko", "elf module"));
+    assert_eq!(names[2], ("/boot/kernel/virtio.ko", "elf obj module"));
+    let (addr, ssym) = (guest.long(1, 3), guest.long(1, 0x8003));
+    assert_eq!(guest.bytes(addr, 0x80), vec![0x90; 0x80]);
+    assert_eq!(ssym, addr + 0x21_0000);
+    assert_eq!(guest.bytes(ssym, 8), 0x78u64.to_le_bytes());
+
+    // A program is no kernel.
+    let file = kernel_with(&has, &[interpreter(b"/libexec/ld.s\0")]);
+    fs::write(root.join("boot/kernel/kernel"), file).unwrap();
+    let text = stderr(&boot(&place, &["-q", "-m", "64", "-h", path]));
+    assert!(text.contains("a dynamically linked program"), "{text}");
+}
+
+#[test]
+fn commands_in_the_configuration_are_run() {
+    let place = Place::new();
+    let root = tree(&place);
+    let long = "x".repeat(1 << 20);
+    let conf = format!(
+        "virtio_load=YES\nvirtio_before=\"set before=$kernel\"\n\
+        virtio_after=\"load -t raw /boot/device.hints\"\n\
+        none_load=YES\nnone_error=\"echo 'none: no $kernel module'\"\n\
+        name=\"a\"\nexpanded=\"${{name}}-$name.b $none\"\nlong={long}\n\
+        exec=\"include /boot/more\"\nexec=\"boot\"\nrootdev=\"host0:\"\n"
+    );
+    fs::write(root.join("boot/loader.conf"), conf).unwrap();
+    fs::write(
+        root.join("boot/more"),
+        "set from=include\nnonsense\nset not=reached\n",
+    )
+    .unwrap();
+    let output = boot(&place, &["-m", "64", "-h", root.to_str().unwrap()]);
+    let errors = String::from_utf8(output.stderr.clone()).unwrap();
+    for line in [
+        "none_load: can't find 'none'",
+        "/boot/loader.conf:9: include /boot/more: /boot/more:2: unknown command 'nonsense'",
+        "/boot/loader.conf:10: boot: not while the configuration is read",
+        "/boot/loader.conf:8: the value has more than 65536 bytes",
+    ] {
+        assert!(errors.contains(line), "{line}: {errors:.2000}");
+    }
+    assert!(stdout(&output).contains("\nnone: no kernel module\n"));
+    let guest = Guest::of(&place);
+    assert_eq!(
+        (guest.text(2, 1), guest.text(2, 2)),
+        ("/boot/device.hints", "raw")
+    );
+    for var in [
+        "before=kernel",
+        "expanded=a- ",
+        "from=include",
+        "vfs.root.mountfrom=ufs:/dev/vtbd0",
+    ] {
+        assert!(guest.has(var), "{var}");
+    }
+    assert!(!guest.has("not=reached"));
 }

@@ -167,6 +167,26 @@ pub fn module(entries: &[Meta]) -> Vec<u8> {
 
 /// A kernel with text at 2 MiB, data with bss at 4 MiB, symbols, and the modules that it has.
 pub fn kernel(entries: &[Meta]) -> Vec<u8> {
+    kernel_with(entries, &[])
+}
+
+/// A shared object of such parts, which counts its addresses from 0 (e_type ET_DYN).
+pub fn shared(entries: &[Meta]) -> Vec<u8> {
+    let mut file = kernel(entries);
+    file[16..18].copy_from_slice(&3u16.to_le_bytes());
+    let base = KERNBASE + 0x20_0000;
+    // Virtual addresses: of the entry point, the segments, the sections, and in the metadata.
+    for at in (0..file.len() - 7).step_by(4) {
+        let word = u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+        if (base..base + 0x40_0000).contains(&word) {
+            file[at..at + 8].copy_from_slice(&(word - base).to_le_bytes());
+        }
+    }
+    file
+}
+
+/// A kernel with more program headers.
+pub fn kernel_with(entries: &[Meta], more: &[Ph]) -> Vec<u8> {
     let data_at = KERNBASE + 0x40_0000;
     let (data, starts, _) = metadata(entries, data_at);
     let set_at = data_at + data.len() as u64;
@@ -177,9 +197,10 @@ pub fn kernel(entries: &[Meta]) -> Vec<u8> {
     let segment = [&data[..], &set[..]].concat();
     let text = Ph::load(KERNBASE + 0x20_0000, 5, &[0x90; 0x80], 0x80);
     let data_ph = Ph::load(data_at, 6, &segment, 0x1_0000);
-    let mut file = elf(9, KERNBASE + 0x20_0010, &[text, data_ph]);
+    let headers = [&[text, data_ph], more].concat();
+    let mut file = elf(9, KERNBASE + 0x20_0010, &headers);
     // The segments' bytes lie behind the headers, one behind the other.
-    let data_offset = 64 + 2 * 56 + 0x80;
+    let data_offset = 64 + headers.len() * 56 + 0x80;
     add_sections(
         &mut file,
         vec![

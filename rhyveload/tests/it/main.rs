@@ -17,4 +17,8 @@ mod linux;
 #[cfg(test)]
 mod process;
 #[cfg(test)]
+mod prompt;
+#[cfg(test)]
 mod robustness;
+#[cfg(test)]
+mod ufs_files;

@@ -17,8 +17,9 @@ use super::proto::{
     ANSWER_MAX, Answer, Call, Change, Event, Hello, Outcome, PROTOCOL, Refusal, Reply, Request,
     RtcState, Status, decode, encode,
 };
-use crate::inspect::{MachineDetail, VcpuDetail};
+use crate::inspect::{DeviceDetail, MachineDetail, VcpuDetail};
 use crate::name::VmName;
+use crate::profile::ExitStats;
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};
 use crate::vm::Vm;
@@ -246,6 +247,27 @@ impl Client {
         })
     }
 
+    /// Why one vCPU left the guest.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn exits(&mut self, vcpu: u32) -> Result<ExitStats, ClientError> {
+        self.expect(Request::Exits { vcpu }, |r| match r {
+            Reply::Exits(exits) => Some(*exits),
+            _ => None,
+        })
+    }
+
+    /// Begins to count anew.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn reset_stats(&mut self) -> Result<(), ClientError> {
+        self.done(Request::ResetStats)
+    }
+
     /// Holds every vCPU.
     ///
     /// # Errors
@@ -262,6 +284,35 @@ impl Client {
     /// As [`Client::call`].
     pub fn resume(&mut self) -> Result<(), ClientError> {
         self.done(Request::Resume)
+    }
+
+    /// Ends it in the middle, to be run again from there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn suspend(&mut self) -> Result<(), ClientError> {
+        self.done(Request::Suspend)
+    }
+
+    /// Has what a clone's memory holds written to its file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn settle(&mut self) -> Result<(), ClientError> {
+        self.done(Request::Settle)
+    }
+
+    /// Makes a suspended VM that is as this one is now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn snapshot(&mut self, name: &VmName) -> Result<(), ClientError> {
+        self.done(Request::Snapshot {
+            name: name.to_string(),
+        })
     }
 
     /// Forces a power-off.
@@ -322,6 +373,48 @@ impl Client {
             Reply::MachineDetail(detail) => Some(*detail),
             _ => None,
         })
+    }
+
+    /// What its devices are, and what they have served.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn devices(&mut self) -> Result<Vec<DeviceDetail>, ClientError> {
+        self.expect(Request::Devices, |r| match r {
+            Reply::Devices(devices) => Some(devices),
+            _ => None,
+        })
+    }
+
+    /// Asks the guest to lend this many bytes of its memory in all.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_balloon(&mut self, bytes: u64) -> Result<(), ClientError> {
+        self.done(Request::SetBalloon { bytes })
+    }
+
+    /// Plugs the cable of the network card at `slot` in, or out.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_link(&mut self, slot: &str, up: bool) -> Result<(), ClientError> {
+        let slot = slot.to_owned();
+        self.done(Request::SetLink { slot, up })
+    }
+
+    /// Makes the disk at `slot` this many bytes large, or without a size as large as its image has
+    /// become.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn set_disk(&mut self, slot: &str, bytes: Option<u64>) -> Result<(), ClientError> {
+        let slot = slot.to_owned();
+        self.done(Request::SetDisk { slot, bytes })
     }
 
     /// Moves a vCPU's thread to these host processors; to any, if there are none.

@@ -17,7 +17,8 @@ pub use server::{ServeError, Server};
 
 use std::collections::BTreeSet;
 
-use crate::inspect::{MachineDetail, VcpuDetail};
+use crate::inspect::{DeviceDetail, MachineDetail, VcpuDetail};
+use crate::profile::ExitStats;
 use crate::regs::Registers;
 use crate::stats::{VcpuStats, VmStats};
 
@@ -61,6 +62,24 @@ pub trait ControlTarget: Send + Sync {
     /// KVM does not tell.
     fn vm_stats(&self) -> Result<VmStats, Refusal>;
 
+    /// Why one vCPU left the guest since it was made or the counting began anew.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it does not answer.
+    fn exits(&self, vcpu: u32) -> Result<ExitStats, Refusal> {
+        Err(unsupported("exits of", vcpu))
+    }
+
+    /// Begins to count anew: exits, times and accesses of every vCPU. KVM's own statistics go on.
+    ///
+    /// # Errors
+    ///
+    /// A vCPU does not answer.
+    fn reset_stats(&self) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported("counting anew".into()))
+    }
+
     /// Holds every vCPU; when it returns, no guest instruction is being executed. Pausing a paused
     /// machine succeeds.
     ///
@@ -75,6 +94,36 @@ pub trait ControlTarget: Send + Sync {
     ///
     /// The machine is ending.
     fn resume(&self) -> Result<(), Refusal>;
+
+    /// Ends the machine in the middle, with all of it stored, to be run again from there. When it
+    /// returns the state is settled; that it is stored shows in the lock.
+    ///
+    /// # Errors
+    ///
+    /// A device's state cannot be saved, or a vCPU does not answer: then the machine goes on.
+    fn suspend(&self) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported("being suspended".into()))
+    }
+
+    /// Writes what a clone's memory holds to its own file, where everybody finds it; another machine's
+    /// is there anyway.
+    ///
+    /// # Errors
+    ///
+    /// The file system is full.
+    fn settle(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    /// Makes a suspended VM of this name that is as this machine is now, and lets this one go on.
+    /// Unlike other calls it takes as long as memory takes to copy.
+    ///
+    /// # Errors
+    ///
+    /// There is one of this name, there is no room for it, or what is here cannot be copied.
+    fn snapshot(&self, name: &str) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(format!("a snapshot {name}")))
+    }
 
     /// Sets a forced power-off going, without asking the guest.
     ///
@@ -120,6 +169,46 @@ pub trait ControlTarget: Send + Sync {
     /// A vCPU does not answer.
     fn machine_detail(&self) -> Result<MachineDetail, Refusal> {
         Err(Refusal::Unsupported("details of the machine".into()))
+    }
+
+    /// What its devices are and what they have served, by their slots.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be asked.
+    fn devices(&self) -> Result<Vec<DeviceDetail>, Refusal> {
+        Err(Refusal::Unsupported("a list of devices".into()))
+    }
+
+    /// Asks the guest to lend this many bytes of its memory in all.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no balloon.
+    fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
+        let _ = bytes;
+        Err(Refusal::Unsupported("a balloon".into()))
+    }
+
+    /// Plugs the cable of the network card at `slot` in, or out.
+    ///
+    /// # Errors
+    ///
+    /// There is no card there.
+    fn set_link(&self, slot: &str, up: bool) -> Result<(), Refusal> {
+        let _ = up;
+        Err(Refusal::Unsupported(format!("a network card at {slot}")))
+    }
+
+    /// Makes the disk at `slot` this many bytes large, or without a size as large as its image has
+    /// become.
+    ///
+    /// # Errors
+    ///
+    /// There is no disk there, or it cannot have that size.
+    fn set_disk(&self, slot: &str, bytes: Option<u64>) -> Result<(), Refusal> {
+        let _ = bytes;
+        Err(Refusal::Unsupported(format!("a disk at {slot}")))
     }
 
     /// Moves a vCPU's thread to these host processors, now and for good; to any, if there are none.

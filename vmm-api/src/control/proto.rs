@@ -20,8 +20,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::encoding::{bulk, hex};
-use crate::inspect::{MachineDetail, VcpuDetail};
+use crate::inspect::{DeviceDetail, MachineDetail, VcpuDetail};
 use crate::memory::MemoryLayout;
+use crate::profile::ExitStats;
 use crate::regs::{Access, Reg, RegError, Registers, SegReg};
 use crate::stats::{VcpuStats, VmStats};
 
@@ -85,10 +86,26 @@ pub enum Request {
     },
     /// What the machine has counted.
     VmStats,
+    /// Why one vCPU left the guest, by place and caller.
+    Exits {
+        /// Its index.
+        vcpu: u32,
+    },
+    /// Count from 0 again.
+    ResetStats,
     /// Hold every vCPU.
     Pause,
     /// Go on.
     Resume,
+    /// End in the middle, with the whole machine stored.
+    Suspend,
+    /// Write what a clone's memory holds to its file.
+    Settle,
+    /// Make a suspended VM that is as this one is now.
+    Snapshot {
+        /// Its name.
+        name: String,
+    },
     /// Forced power-off.
     Stop,
     /// Forced reset.
@@ -107,6 +124,27 @@ pub enum Request {
     },
     /// What the machine is made of.
     MachineDetail,
+    /// What its devices are, and what they have served.
+    Devices,
+    /// Ask the guest for memory.
+    SetBalloon {
+        /// Bytes in all.
+        bytes: u64,
+    },
+    /// Plug a network card's cable in, or out.
+    SetLink {
+        /// Where the card is, as `-s` says it.
+        slot: String,
+        /// In.
+        up: bool,
+    },
+    /// Make a disk larger.
+    SetDisk {
+        /// Where the disk is, as `-s` says it.
+        slot: String,
+        /// Bytes; none: as large as its image has become.
+        bytes: Option<u64>,
+    },
     /// Pin a vCPU's thread.
     Pin {
         /// Its index.
@@ -269,10 +307,14 @@ pub enum Reply {
     VcpuStats(VcpuStats),
     /// To [`Request::VmStats`].
     VmStats(VmStats),
+    /// To [`Request::Exits`].
+    Exits(Box<ExitStats>),
     /// To [`Request::VcpuDetail`].
     VcpuDetail(Box<VcpuDetail>),
     /// To [`Request::MachineDetail`].
     MachineDetail(Box<MachineDetail>),
+    /// To [`Request::Devices`].
+    Devices(Vec<DeviceDetail>),
     /// To [`Request::Rtc`].
     Rtc(RtcState),
 }
@@ -342,6 +384,9 @@ pub enum Refusal {
     /// The VM is about to end.
     #[error("the VM is ending")]
     Ending,
+    /// It was tried, and did not come about.
+    #[error("{0}")]
+    Failed(String),
     /// This machine has no such thing.
     #[error("not supported: {0}")]
     Unsupported(String),

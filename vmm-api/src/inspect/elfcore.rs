@@ -27,8 +27,6 @@ const PRSTATUS: usize = 336;
 const PR_PID: usize = 32;
 const PR_REG: usize = 112;
 const NT_PRSTATUS: u32 = 1;
-/// Bytes that are copied at once.
-const PIECE: u64 = 1 << 20;
 
 /// Why there is no core file.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +99,11 @@ pub fn write_core(
     head.extend(&notes);
     file.set_len(image + memory.layout().total())?;
     file.write_all_at(&head, 0)?;
-    let written = copy(file, image, memory)?;
+    // Holes where there is nothing.
+    let written = memory.pieces(|piece, at| {
+        file.write_all_at(piece, image + at)?;
+        Ok::<_, CoreError>(())
+    })?;
     Ok(CoreReport {
         segments: segments.len(),
         truncated,
@@ -134,30 +136,6 @@ fn in_ram(memory: &MemFile, range: &Mapping) -> Vec<Mapping> {
         })
     });
     parts.collect()
-}
-
-/// Copies RAM, and leaves holes where there is none.
-fn copy(file: &File, image: u64, memory: &MemFile) -> Result<u64, CoreError> {
-    let mut written = 0;
-    for (base, len, offset) in memory.layout().segments() {
-        let mut done = 0;
-        while let Some(data) = memory.next_data(base + done)? {
-            let until = data.end.min(base + len);
-            let mut at = data.start;
-            while at < until {
-                let mut piece = vec![0; PIECE.min(until - at) as usize];
-                memory.read(at, &mut piece)?;
-                file.write_all_at(&piece, image + offset + (at - base))?;
-                at += piece.len() as u64;
-                written += piece.len() as u64;
-            }
-            done = until - base;
-            if done >= len {
-                break;
-            }
-        }
-    }
-    Ok(written)
 }
 
 fn elf_header(program_headers: u16) -> Vec<u8> {

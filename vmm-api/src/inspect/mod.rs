@@ -5,6 +5,7 @@
 //! shown alike.
 
 mod cmos;
+mod device;
 mod elfcore;
 mod intinfo;
 mod memmap;
@@ -14,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 pub use cmos::CmosState;
+pub use device::{DeviceDetail, QueueDetail, VirtioDetail};
 pub use elfcore::{CoreError, CoreReport, write_core};
 pub use intinfo::{IntInfo, IntKind};
 pub use memmap::{MemoryMap, Region, RegionKind};

@@ -13,12 +13,13 @@ use vmm_sys_util::fam::FamStruct;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_ior_nr;
 
-use super::{KvmError, KvmVcpu, convert, ioctl};
+use super::{Away, KvmError, KvmVcpu, convert, host_ns, ioctl};
 use crate::inspect::MSR_APIC_BASE;
 use crate::regs::Registers;
 use crate::state::VcpuState;
 
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
+const MSR_TSC: u32 = 0x10;
 
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 
@@ -135,10 +136,14 @@ impl KvmVcpu {
             .map_err(ioctl("read a vCPU's activity"))?;
         let registers = self.registers()?;
         let lapic = self.fd.get_lapic().map_err(ioctl("read a local APIC"))?;
+        let mut msrs = self.all_msrs()?;
+        let tsc_at_ns = host_ns();
+        msrs.insert(MSR_TSC, self.msr(MSR_TSC)?);
         Ok(VcpuState {
             registers,
             activity: convert::activity(&mp_state),
-            msrs: self.all_msrs()?,
+            msrs,
+            tsc_at_ns: Some(tsc_at_ns),
             xsave: self.xsave()?,
             lapic: lapic.regs.iter().map(|&c| c as u8).collect(),
             tsc_khz: self.fd.get_tsc_khz().ok(),
@@ -154,12 +159,22 @@ impl KvmVcpu {
 
     /// Puts a captured or a loaded state in place; what the state leaves out stays as KVM made it.
     /// The local APIC comes after the system registers, which hold its base, and before the MSRs,
-    /// of which the TSC deadline needs its timer mode; the activity comes last.
+    /// of which the TSC deadline needs its timer mode; the activity comes last. The time stamp counter
+    /// goes on as `away` says, if the machine was away.
     ///
     /// # Errors
     ///
     /// KVM refuses a part; the error says which.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+        self.restore_after(state, None)
+    }
+
+    /// The same for a machine that was suspended and now goes on.
+    ///
+    /// # Errors
+    ///
+    /// As [`KvmVcpu::restore`].
+    pub fn restore_after(&mut self, state: &VcpuState, away: Option<Away>) -> Result<(), KvmError> {
         if let Some(khz) = state
             .tsc_khz
             .filter(|_| self.vm.kvm.check_extension(Cap::TscControl))
@@ -179,11 +194,15 @@ impl KvmVcpu {
         if !state.lapic.is_empty() {
             self.set_lapic(&state.lapic)?;
         }
-        let msrs: Vec<_> = state
-            .msrs
-            .iter()
-            .map(|(&index, &value)| (index, value))
-            .collect();
+        if let Some(&tsc) = state.msrs.get(&MSR_TSC) {
+            let khz = state.tsc_khz.or_else(|| self.fd.get_tsc_khz().ok());
+            let hz = u64::from(khz.unwrap_or(0)) * 1000;
+            let since = away.zip(state.tsc_at_ns);
+            let passed = since.map_or(0, |(away, at_ns)| away.ticks_since(at_ns, hz));
+            self.set_msrs(&[(MSR_TSC, tsc.wrapping_add(passed))])?;
+        }
+        let rest = state.msrs.iter().filter(|(index, _)| **index != MSR_TSC);
+        let msrs: Vec<_> = rest.map(|(&index, &value)| (index, value)).collect();
         self.set_msrs(&msrs)?;
         if let Some(events) = &state.events {
             let events = convert::kvm_events(events, state.registers.intr_shadow);

@@ -4,17 +4,23 @@
 //! forked child with the same descriptors.
 
 mod capture;
+mod chips;
 mod convert;
 mod cpuid;
+mod debug;
 mod inspect;
 mod irq;
 mod kick;
+mod pause;
 mod vcpu;
 mod vm;
 
+pub use chips::{ChipState, IoApic, Pic, PitChannel};
 pub use cpuid::CpuidPolicy;
+pub use debug::{DebugControl, Fpu, POINTS, Point, PointKind};
 pub use irq::{BoundDoorbell, Doorbell, GsiRouter, MsiMessage, MsiRoute};
 pub use kick::Kick;
+pub use pause::{Away, host_ns};
 pub use vcpu::{Counters, KvmVcpu};
 pub use vm::{KvmVm, VmPolicy};
 

@@ -8,16 +8,17 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVMIO,
-    kvm_run,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_SYNC_X86_REGS, KVMIO, kvm_run,
 };
-use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
+use kvm_ioctls::{Cap, SyncReg, VcpuExit, VcpuFd};
 use nix::libc;
 use vmm_sys_util::ioctl_io_nr;
 
 use super::{Kick, KvmError, KvmVm, cpuid, ioctl, kick};
 use crate::exit::{Direction, ExitKind, InternalError, PortAccess, VmExit};
 use crate::inspect::LastExit;
+use crate::profile::{ExitProfile, ExitStats};
 
 const APIC_LVT1: usize = 0x360;
 const APIC_MODE_NMI: u32 = 0x400;
@@ -54,6 +55,12 @@ impl Counters {
         self.exits[kind as usize].load(Relaxed)
     }
 
+    /// Counts from 0 again; only by the vCPU's own thread, which writes without looking.
+    fn reset(&self) {
+        self.exits.iter().for_each(|count| count.store(0, Relaxed));
+        self.guest_ns.store(0, Relaxed);
+    }
+
     /// Nanoseconds spent in KVM_RUN so far: guest code, and what KVM does for it in the kernel.
     pub fn guest_ns(&self) -> u64 {
         self.guest_ns.load(Relaxed)
@@ -77,6 +84,9 @@ pub struct KvmVcpu {
     pub(super) vm: Arc<KvmVm>,
     index: u32,
     counters: Arc<Counters>,
+    profile: ExitProfile,
+    /// KVM hands out the registers with each exit.
+    synced: bool,
     armed: bool,
 }
 
@@ -97,13 +107,19 @@ impl KvmVcpu {
             deadline,
         )?;
         fd.set_cpuid2(&cpuid).map_err(ioctl("set a vCPU's CPUID"))?;
+        let synced = vm.fd.check_extension_int(Cap::SyncRegs) as u32 & KVM_SYNC_X86_REGS != 0;
         let mut vcpu = Self {
             fd,
             vm,
             index,
             counters: Arc::default(),
+            profile: ExitProfile::default(),
+            synced,
             armed: false,
         };
+        if synced {
+            vcpu.fd.set_sync_valid_reg(SyncReg::Register);
+        }
         vcpu.wire_lint1()?;
         Ok(vcpu)
     }
@@ -139,6 +155,22 @@ impl KvmVcpu {
         stats_file(&self.fd)
     }
 
+    /// Where its time in user space went.
+    pub fn exits(&self) -> ExitStats {
+        self.profile.stats()
+    }
+
+    /// Counts exits and times from 0 again. KVM's own statistics go on.
+    pub fn reset_stats(&mut self) {
+        self.counters.reset();
+        self.profile = ExitProfile::default();
+    }
+
+    /// The time until now was spent on no exit, as while the machine was paused.
+    pub fn skip_time(&mut self) {
+        self.profile.skip(Instant::now());
+    }
+
     /// Makes the calling thread the one that runs this vCPU, and returns the means to interrupt it.
     pub fn bind_thread(&mut self) -> Kick {
         self.armed = true;
@@ -155,8 +187,10 @@ impl KvmVcpu {
     /// KVM_RUN failed for good.
     pub fn run(&mut self) -> Result<VmExit, KvmError> {
         let entry = Instant::now();
+        self.profile.settle(entry);
         let exit = self.enter();
-        let spent = u64::try_from(entry.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let left = Instant::now();
+        let spent = u64::try_from((left - entry).as_nanos()).unwrap_or(u64::MAX);
         self.counters
             .guest_ns
             .store(self.counters.guest_ns() + spent, Relaxed);
@@ -164,6 +198,8 @@ impl KvmVcpu {
         if let Ok(exit) = &exit {
             let count = &self.counters.exits[exit.kind() as usize];
             count.store(count.load(Relaxed) + 1, Relaxed);
+            let rip = self.synced.then(|| self.fd.sync_regs().regs.rip);
+            self.profile.note(exit, rip, left);
             if exit.kind() != ExitKind::Interrupted {
                 let kind = exit.kind() as u64 + 1;
                 let reason = self.fd.get_kvm_run().exit_reason;
@@ -182,6 +218,7 @@ impl KvmVcpu {
     ///
     /// KVM_RUN failed for good.
     pub fn complete(&mut self) -> Result<VmExit, KvmError> {
+        self.profile.settle(Instant::now());
         self.fd.set_kvm_immediate_exit(1);
         let exit = self.enter();
         self.fd.set_kvm_immediate_exit(0);
@@ -216,6 +253,7 @@ impl KvmVcpu {
                 VcpuExit::Debug(debug) => VmExit::Debug {
                     exception: debug.exception,
                     pc: debug.pc,
+                    dr6: debug.dr6,
                 },
                 VcpuExit::SystemEvent(kind, _) => VmExit::SystemEvent(kind),
                 VcpuExit::InternalError => return Ok(self.internal_error()),

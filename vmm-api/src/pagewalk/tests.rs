@@ -268,6 +268,17 @@ fn copies_go_over_pages_that_lie_apart_and_write_all_or_nothing() {
     assert_eq!(bytes, [0, 0]);
     let error = copyin(&ram, &long(), 0x3000, &mut back).unwrap_err();
     assert!(matches!(error, WalkError::Memory { .. }), "{error}");
+    // Of a large page, what is RAM.
+    ram.write(0x3008, &(0x83u64).to_le_bytes()).unwrap();
+    ram.write(0xf_f000, &[7; 4096]).unwrap();
+    let mut back = [0; 0x2000];
+    let error = copyin(&ram, &long(), 0x2f_f000, &mut back).unwrap_err();
+    assert!(
+        matches!(error, WalkError::Memory { gla: 0x30_0000, .. }),
+        "{error}"
+    );
+    assert_eq!(back[..0x1000], [7; 0x1000]);
+    assert_eq!(back[0x1000..], [0; 0x1000]);
 }
 
 /// Any mode, and control registers that say so.

@@ -1,6 +1,7 @@
 //! An object that one process alone may change: its state, its memory, its end.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,10 @@ use nix::fcntl::{OFlag, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::{CONTROL, LOCK, MEMORY, STATE, STATE_NEW, Vm, VmError, errno, external_memory};
+use super::{
+    BASE, CONTROL, LOCK, MEMORY, MEMORY_NEW, REPORT, STATE, STATE_NEW, Vm, VmError, errno,
+    external_memory,
+};
 use crate::memory::{GuestRam, MemoryLayout, allocate, capacity, check_huge_pages};
 use crate::state::{StateError, VmState};
 
@@ -205,10 +209,11 @@ impl LockedVm {
     /// There is none, or its file does not fit the state.
     pub fn map_memory(&self, state: &VmState) -> Result<GuestRam, VmError> {
         let file = self.memory_file(state, OFlag::O_RDWR)?;
-        GuestRam::map(file, state.machine.memory).map_err(|source| VmError::Memory {
-            name: self.name.clone(),
-            source,
-        })
+        let ram = match self.base_file()? {
+            None => GuestRam::map(file, state.machine.memory),
+            Some(base) => GuestRam::map_clone(file, base, state.machine.memory),
+        };
+        ram.map_err(|source| self.memory_error(source))
     }
 
     /// Removes the control socket that a killed `rhyve` left behind.
@@ -218,6 +223,29 @@ impl LockedVm {
     /// It is there and cannot be removed.
     pub fn remove_control(&self) -> Result<(), VmError> {
         self.remove(CONTROL)
+    }
+
+    /// Writes a report of a guest that ended badly, in place of an older one; where it is.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn write_report(&self, text: &[u8]) -> Result<PathBuf, VmError> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
+        let file = self.open_file(REPORT, flags);
+        let mut file = file.map_err(|e| self.io("open", REPORT, e))?;
+        let written = file.write_all(text);
+        written.map_err(|e| self.io("write", REPORT, errno(&e)))?;
+        Ok(self.path.join(REPORT))
+    }
+
+    /// Removes the report of an earlier guest, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// It is there and cannot be removed.
+    pub fn remove_report(&self) -> Result<(), VmError> {
+        self.remove(REPORT)
     }
 
     /// libvmmapi's vm_destroy: removes the object and all that is in it.
@@ -247,7 +275,10 @@ impl LockedVm {
     }
 
     fn remove_memory(&self, state: &VmState) -> Result<(), VmError> {
-        self.remove(MEMORY)?;
+        // The base last: without it, what is over it would be taken for the whole.
+        for file in [MEMORY_NEW, MEMORY, BASE] {
+            self.remove(file)?;
+        }
         let Some(dir) = &state.machine.mem_path else {
             return Ok(());
         };

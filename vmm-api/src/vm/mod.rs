@@ -1,5 +1,5 @@
 //! The named VM object: a directory that holds `vm.json`, `mem`, `lock` and, while the VM runs,
-//! `control.sock`.
+//! `control.sock`. A clone's has `base` as well: a link to the memory file that it shares.
 //!
 //! [`Vm`] is an opened object that may be looked at; [`LockedVm`] is one that this process alone
 //! may change. That a VM runs is never a stored fact: it is that `rhyve` holds the lock.
@@ -13,8 +13,10 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
+mod copies;
 mod locked;
 
+pub use self::copies::snapshot;
 pub use self::locked::{LockedVm, MemorySetup};
 use crate::lock;
 pub use crate::lock::Holder;
@@ -26,8 +28,11 @@ use crate::state::{StateError, VmState};
 const STATE: &str = "vm.json";
 const STATE_NEW: &str = "vm.json.new";
 const MEMORY: &str = "mem";
+const MEMORY_NEW: &str = "mem.new";
+const BASE: &str = "base";
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
+const REPORT: &str = "report.txt";
 
 /// Larger state files are refused unread: 4096 vCPUs with room to spare.
 const STATE_MAX: u64 = 128 << 20;
@@ -59,6 +64,14 @@ pub enum VmError {
     /// No memory was set up.
     #[error("{0} has no memory: load it with rhyveload, or vmmctl --vm={0} --set-lowmem=MB")]
     NoMemory(VmName),
+    /// There is nothing that a clone could run.
+    #[error("{name} cannot be copied: {why}")]
+    NotCloned {
+        /// The VM.
+        name: VmName,
+        /// Why not, and what to do.
+        why: &'static str,
+    },
     /// The memory is larger than the file system.
     #[error("vm_setup_memory({segment}): Cannot allocate memory: {needed} MiB, but {} holds {available} MiB in all", path.display())]
     TooLarge {
@@ -279,10 +292,35 @@ impl Vm {
     /// There is none, or its file does not fit the state.
     pub fn open_memory(&self, state: &VmState) -> Result<MemFile, VmError> {
         let file = self.memory_file(state, OFlag::O_RDONLY)?;
-        MemFile::new(file, state.machine.memory).map_err(|source| VmError::Memory {
+        let memory = match self.base_file()? {
+            None => MemFile::new(file, state.machine.memory),
+            Some(base) => MemFile::of_clone(file, base, state.machine.memory),
+        };
+        memory.map_err(|source| self.memory_error(source))
+    }
+
+    /// Whether its memory is shared with clones of it, or it is such a clone.
+    ///
+    /// # Errors
+    ///
+    /// The object cannot be looked at.
+    pub fn is_clone(&self) -> Result<bool, VmError> {
+        Ok(self.base_file()?.is_some())
+    }
+
+    fn base_file(&self) -> Result<Option<File>, VmError> {
+        match self.open_file(BASE, OFlag::O_RDONLY) {
+            Ok(file) => Ok(Some(file)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(source) => Err(self.io("open", BASE, source)),
+        }
+    }
+
+    fn memory_error(&self, source: MemoryError) -> VmError {
+        VmError::Memory {
             name: self.name.clone(),
             source,
-        })
+        }
     }
 
     fn memory_file(&self, state: &VmState, mode: OFlag) -> Result<File, VmError> {

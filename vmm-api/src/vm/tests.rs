@@ -185,3 +185,75 @@ fn a_reserve_is_kept_for_the_next_state() {
     }
     assert_eq!(vm.load_state().unwrap(), state);
 }
+
+#[test]
+fn clones_and_snapshots_are_whole_objects() {
+    let place = place();
+    let root = &place.root;
+    let named = |name: &str| name.parse::<VmName>().unwrap();
+    let mut vm = Vm::create(root, &name(), "test").unwrap();
+    let mut state = vm.load_state().unwrap();
+    let refused = vm.clone_to(root, &named("copy"), "test").unwrap_err();
+    assert!(
+        refused.to_string().contains("nothing is loaded"),
+        "{refused}"
+    );
+    vm.setup_memory(&mut state, &setup(4 << 20)).unwrap();
+    vm.map_memory(&state)
+        .unwrap()
+        .write(0x3000, b"kernel")
+        .unwrap();
+    state.phase = Phase::Loaded;
+    let args = "-c 2 -U 00000000-0000-0000-0000-000000000001 -s 3,virtio-net,tap0,mac=2:0:0:0:0:1,mtu=9000 guest0";
+    state.machine.run = Some(crate::state::RunInfo {
+        args: args.split(' ').map(Into::into).collect(),
+        ..Default::default()
+    });
+    vm.store(&mut state).unwrap();
+
+    let memory = vm.open_memory(&state).unwrap();
+    snapshot(root, &named("snap"), "test", &memory, &state).unwrap();
+    assert!(matches!(
+        snapshot(root, &named("snap"), "test", &memory, &state),
+        Err(VmError::Exists(_))
+    ));
+    for copy in ["one", "two"] {
+        vm.clone_to(root, &named(copy), "test").unwrap();
+    }
+    let again = vm.clone_to(root, &named("two"), "test").unwrap_err();
+    assert!(matches!(again, VmError::Exists(_)), "{again}");
+
+    // Each writes for itself; the original is one of them.
+    let seen = |name: &str| {
+        let vm = Vm::open(root, &named(name)).unwrap();
+        let mut bytes = [0; 6];
+        let memory = vm.open_memory(&vm.load_state().unwrap()).unwrap();
+        memory.read(0x3000, &mut bytes).unwrap();
+        bytes
+    };
+    let one = Vm::open(root, &named("one")).unwrap().lock("test").unwrap();
+    let state = one.load_state().unwrap();
+    let args = state.machine.run.as_ref().unwrap().args.join(" ");
+    assert_eq!(args, "-c 2 -s 3,virtio-net,tap0,mtu=9000 guest0");
+    let ram = one.map_memory(&state).unwrap();
+    ram.write(0x3000, b"writes").unwrap();
+    ram.keep().unwrap();
+    drop(ram);
+    // A clone of a clone has what that has written.
+    one.clone_to(root, &named("three"), "test").unwrap();
+    vm.destroy().unwrap();
+    for (name, content) in [
+        ("one", b"writes"),
+        ("two", b"kernel"),
+        ("three", b"writes"),
+        ("snap", b"kernel"),
+    ] {
+        assert_eq!(&seen(name), content, "{name}");
+    }
+    // Loading anew ends what was shared.
+    let mut one = one;
+    let mut state = state;
+    one.setup_memory(&mut state, &setup(1 << 20)).unwrap();
+    assert!(!one.is_clone().unwrap());
+    assert_eq!(&seen("three"), b"writes");
+}

@@ -24,7 +24,13 @@ pub struct Looks {
     pub syntax: Syntax,
     /// How each vCPU got where it is.
     pub backtrace: bool,
-    /// A file with names for addresses; none: the kernel that was loaded.
+    /// The kernel's log.
+    pub dmesg: bool,
+    /// The processes.
+    pub processes: bool,
+    /// Why it died.
+    pub panic: bool,
+    /// A file with names for addresses; none: what is in memory, or the kernel that was loaded.
     pub symbols: Option<PathBuf>,
     /// All of it, as a core file.
     pub core: Option<PathBuf>,
@@ -194,7 +200,18 @@ pub(super) fn options(command: Command) -> Command {
                 .action(ArgAction::SetTrue),
         )
         .arg(
-            arg("symbols", "Where names for --bt are: an ELF file or a System.map [default: the kernel that was loaded]")
+            arg("dmesg", "Show the kernel's log: Linux's (5.11 and later), FreeBSD's")
+                .action(ArgAction::SetTrue),
+        )
+        .arg(
+            arg("ps", "Show the processes that the kernel has").action(ArgAction::SetTrue),
+        )
+        .arg(
+            arg("panic", "Show why the guest died, or where it is stuck: its kernel's last words, and where each vCPU is; a VM that runs is held meanwhile")
+                .action(ArgAction::SetTrue),
+        )
+        .arg(
+            arg("symbols", "Where names of the kernel's are: an ELF file or a System.map [default: what Linux carries with it in memory, or else the kernel that was loaded]")
                 .value_name("FILE")
                 .value_parser(clap::value_parser!(PathBuf)),
         )
@@ -225,6 +242,9 @@ pub(super) fn looks(matches: &ArgMatches) -> Result<Looks, clap::Error> {
             .copied()
             .unwrap_or_default(),
         backtrace: matches.get_flag("bt"),
+        dmesg: matches.get_flag("dmesg"),
+        processes: matches.get_flag("ps"),
+        panic: matches.get_flag("panic"),
         symbols: matches.get_one::<PathBuf>("symbols").cloned(),
         core: matches.get_one::<PathBuf>("core").cloned(),
     })

@@ -40,6 +40,8 @@ pub enum Plan {
     List,
     /// Report on this machine.
     Host,
+    /// Show all VMs on a terminal, again and again.
+    Top,
     /// Work on one VM.
     Work(Box<Work>),
 }
@@ -69,22 +71,81 @@ pub struct Work {
     pub desc: Desc,
     /// What else is to be changed.
     pub sets: Sets,
+    /// What the guest is to lend of its memory.
+    pub balloon: Option<MemSize>,
+    /// A network card's cable that is to be plugged in or out.
+    pub link: Option<Link>,
+    /// Disk to resize.
+    pub disk: Option<Disk>,
     /// What is to be shown.
     pub gets: Gets,
     /// Options that set what KVM does not show.
     pub unavailable_sets: Vec<String>,
+    /// Count from 0 again.
+    pub reset_stats: bool,
     /// Assert this pin of the local APIC.
     pub lapic_lvt: Option<u32>,
     /// Inject an NMI.
     pub nmi: bool,
     /// Let its vCPUs go on.
     pub resume: bool,
+    /// Make a copy of it by this name.
+    pub snapshot: Option<VmName>,
     /// How it is to end.
     pub end: Option<End>,
+    /// Make a VM by this name that shares its memory.
+    pub clone: Option<VmName>,
     /// Run it.
     pub run: bool,
     /// Destroy it.
     pub destroy: bool,
+}
+
+/// `--set-disk=SLOT=SIZE|now`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Where the disk is, as rhyve's `-s` has it.
+    pub slot: String,
+    /// How large it is to be; none: as large as its image has become.
+    pub size: Option<MemSize>,
+}
+
+/// Reads it.
+fn disk(text: &str) -> Result<Disk, String> {
+    let usage = "write SLOT=SIZE, as in 2=8G, or SLOT=now";
+    let parts = text.split_once('=').filter(|(slot, _)| !slot.is_empty());
+    let (slot, size) = parts.ok_or(usage)?;
+    let size = match size {
+        "now" => None,
+        size => Some(size.parse().map_err(|error| format!("{error}; {usage}"))?),
+    };
+    Ok(Disk {
+        slot: slot.to_owned(),
+        size,
+    })
+}
+
+/// `--set-link=SLOT=up|down`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Where the network card is, as rhyve's `-s` has it.
+    pub slot: String,
+    /// Plugged in.
+    pub up: bool,
+}
+
+/// Reads it.
+fn link(text: &str) -> Result<Link, String> {
+    let parts = text.split_once('=').filter(|(slot, _)| !slot.is_empty());
+    let (slot, up) = match parts {
+        Some((slot, "up")) => (slot, true),
+        Some((slot, "down")) => (slot, false),
+        _ => return Err("write SLOT=up or SLOT=down, as in 1=down".into()),
+    };
+    Ok(Link {
+        slot: slot.to_owned(),
+        up,
+    })
 }
 
 /// `--desc-base= --desc-limit= --desc-access=`; what is not given stays as it is.
@@ -115,8 +176,12 @@ pub struct Gets {
     pub details: Detail,
     /// What its memory holds.
     pub looks: Looks,
+    /// Devices.
+    pub devices: bool,
     /// Statistics.
     pub stats: bool,
+    /// This many places that made vCPUs leave the guest.
+    pub exits: Option<usize>,
     /// Options that ask for what KVM does not show.
     pub unavailable: Vec<String>,
 }
@@ -130,6 +195,8 @@ pub enum End {
     Reset,
     /// As if its plug were pulled.
     PowerOff,
+    /// In the middle, to be run again from there.
+    Suspend,
 }
 
 fn flag(name: &'static str, heading: &'static str, help: &'static str) -> Arg {
@@ -170,7 +237,7 @@ impl CommandFactory for Cli {
             .version(env!("CARGO_PKG_VERSION"))
             .about("Show and change what the hypervisor knows of a virtual machine")
             .override_usage(
-                "vmmctl --vm=NAME [--cpu=N] OPTION...\n       vmmctl --list | --host",
+                "vmmctl --vm=NAME [--cpu=N] OPTION...\n       vmmctl --list | --host | top",
             )
             .after_help("Registers: --get-REG, --set-REG=VALUE, --get-desc-SEG, --set-desc-SEG; see --help.")
             .after_long_help(details())
@@ -188,10 +255,27 @@ impl CommandFactory for Cli {
                     .help("The vCPU whose registers and statistics are meant [default: 0]"),
             )
             .arg(json())
+            .arg(
+                Arg::new("command")
+                    .value_name("top")
+                    .value_parser(["top"])
+                    .hide_possible_values(true)
+                    .help("Show all VMs on this terminal: processor time, exits, devices, memory; keys sort, pause, look into one"),
+            )
             .arg(flag("list", SHOW, "List all VMs: name, phase, memory, vCPUs, pid and uptime"))
             .arg(flag("host", SHOW, "Report what this machine has of what rhyve needs, and what to do about the rest"))
             .arg(flag("get-all", SHOW, "Show memory, registers and descriptors"))
             .arg(flag("get-stats", SHOW, "Show what a running VM has counted: bhyve's list, rhyve's own, KVM's"))
+            .arg(
+                value("get-exits", clap::value_parser!(u16).range(1..))
+                    .value_name("TOP")
+                    .num_args(0..=1)
+                    .require_equals(true)
+                    .default_missing_value("10")
+                    .help_heading(SHOW)
+                    .help("Show what made each vCPU leave the guest: the 10 or TOP places that took rhyve longest, and the guest's functions that did it"),
+            )
+            .arg(flag("get-devices", SHOW, "Show a running VM's devices: slot, kind, transport, features, queues, and what they have served"))
             .arg(flag("get-lowmem", SHOW, "Show the memory below 3 GiB"))
             .arg(flag("get-highmem", SHOW, "Show the memory from 4 GiB on"))
             .arg(flag("create", CHANGE, "Make the VM, without memory"))
@@ -214,7 +298,26 @@ impl CommandFactory for Cli {
                     .conflicts_with_all(["set-lowmem", "set-highmem"])
                     .help("Give it new, empty memory: up to 3 GiB of it as lowmem, the rest as highmem"),
             )
+            .arg(
+                value("set-balloon", size())
+                    .value_name("MB")
+                    .help_heading(CHANGE)
+                    .help("Ask a running guest to lend this much of its memory in all; 0 gives all of it back"),
+            )
+            .arg(
+                value("set-disk", disk)
+                    .value_name("SLOT=SIZE|now")
+                    .help_heading(CHANGE)
+                    .help("Make the disk in this slot of a running guest larger, its image as well; now: as large as its image has become"),
+            )
+            .arg(
+                value("set-link", link)
+                    .value_name("SLOT=up|down")
+                    .help_heading(CHANGE)
+                    .help("Plug the cable of the network card in this slot of a running guest in, or out"),
+            )
             .arg(flag("destroy", CHANGE, "Destroy the VM, its memory and all; not while it runs"))
+            .arg(flag("reset-stats", CONTROL, "Count exits, times and accesses from 0 again; KVM's own statistics go on"))
             .arg(flag("run", CONTROL, "Run it here, by rhyve NAME"))
             .arg(flag("pause", CONTROL, "Hold its vCPUs"))
             .arg(flag("resume", CONTROL, "Let its vCPUs go on"))
@@ -233,6 +336,22 @@ impl CommandFactory for Cli {
             .arg(
                 flag("force-poweroff", CONTROL, "Switch it off, and wait until rhyve has ended")
                     .conflicts_with_all(["power-button", "force-reset"]),
+            )
+            .arg(
+                flag("suspend", CONTROL, "Stop it in the middle and keep all of it: rhyve VM goes on from there")
+                    .conflicts_with_all(["power-button", "force-reset", "force-poweroff"]),
+            )
+            .arg(
+                value("snapshot", clap::value_parser!(VmName))
+                    .value_name("NAME")
+                    .help_heading(CONTROL)
+                    .help("Make a VM of this name that is as this one is now, and goes on from there; this one goes on as well"),
+            )
+            .arg(
+                value("clone", clap::value_parser!(VmName))
+                    .value_name("NAME")
+                    .help_heading(CONTROL)
+                    .help("Make a VM of this name that shares the memory of this one, loaded or suspended, until one of them writes to it"),
             )
             .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))
             .arg(value("desc-limit", number::parse_u32).value_name("VALUE").hide(true))
@@ -267,15 +386,21 @@ impl FromArgMatches for Cli {
             (false, true) => Some(Plan::Host),
             (true, true) => return Err(wrong("--list and --host are two calls")),
         };
+        let top = matches.contains_id("command");
+        let report = match (report, top) {
+            (Some(_), true) => return Err(wrong("top, --list and --host are calls of their own")),
+            (None, true) => Some(Plan::Top),
+            (report, false) => report,
+        };
         let asked = matches.ids().any(|id| {
             matches.value_source(id.as_str()) == Some(ValueSource::CommandLine)
-                && !["json", "list", "host", "vm", "cpu"].contains(&id.as_str())
+                && !["json", "list", "host", "command", "vm", "cpu"].contains(&id.as_str())
         });
         let plan = match (report, matches.get_one::<VmName>("vm")) {
             (Some(report), None) if !asked => report,
             (Some(_), _) => {
                 return Err(wrong(
-                    "--list and --host go with no other option but --json",
+                    "--list, --host and top go with no other option but --json",
                 ));
             }
             (None, None) => return Err(wrong("say which VM: --vm=NAME")),
@@ -332,6 +457,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         ("power-button", End::PowerButton),
         ("force-reset", End::Reset),
         ("force-poweroff", End::PowerOff),
+        ("suspend", End::Suspend),
     ];
     Ok(Work {
         vm,
@@ -348,6 +474,11 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         descriptors,
         desc,
         sets: detail::sets(matches)?,
+        balloon: size("set-balloon"),
+        disk: matches.get_one("set-disk").cloned(),
+        link: matches.get_one("set-link").cloned(),
+        snapshot: matches.get_one("snapshot").cloned(),
+        clone: matches.get_one("clone").cloned(),
         gets: Gets {
             all: given("get-all"),
             lowmem: given("get-lowmem"),
@@ -364,7 +495,9 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
                 .collect(),
             details: detail::gets(matches)?,
             looks: look::looks(matches)?,
+            devices: given("get-devices"),
             stats: given("get-stats"),
+            exits: matches.get_one::<u16>("get-exits").map(|&top| top.into()),
             unavailable: UNAVAILABLE_GETS
                 .iter()
                 .filter(|name| given(name))
@@ -376,6 +509,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
             .filter(|name| number(name).is_some())
             .map(owned)
             .collect(),
+        reset_stats: given("reset-stats"),
         lapic_lvt: short("assert-lapic-lvt"),
         nmi: given("inject-nmi"),
         resume: given("resume"),

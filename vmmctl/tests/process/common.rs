@@ -9,9 +9,11 @@ use assert_cmd::Command;
 use tempfile::TempDir;
 use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase, Server, Status};
 use vmm_api::inspect::{
-    CmosState, LastExit, MachineDetail, MemoryMap, Region, VcpuDetail, with_x2apic,
+    CmosState, DeviceDetail, LastExit, MachineDetail, MemoryMap, QueueDetail, Region, VcpuDetail,
+    VirtioDetail, with_x2apic,
 };
 use vmm_api::memory::{MemSize, MemoryLayout};
+use vmm_api::profile::{Caller, ExitStat, ExitStats};
 use vmm_api::regs::Registers;
 use vmm_api::root::Root;
 use vmm_api::state::{Hex, VcpuEvents, VcpuState, VmState};
@@ -202,6 +204,34 @@ impl ControlTarget for Machine {
         })
     }
 
+    fn exits(&self, vcpu: u32) -> Result<ExitStats, Refusal> {
+        self.registers(vcpu)?;
+        let exit = |reason: &str, write, place: u64, count: u64| ExitStat {
+            reason: reason.into(),
+            write: Some(write),
+            place: Some(Hex(place)),
+            device: (reason == "inout").then(|| "com1".into()),
+            count,
+            host_ns: count * 1500,
+            callers: vec![Caller {
+                rip: Hex(0xffff_ffff_8100_0000),
+                count,
+            }],
+        };
+        Ok(ExitStats {
+            span_ns: 2_500_000_000,
+            exits: vec![
+                exit("inout", true, 0x3f8, 4711),
+                exit("mmio", false, 0xfebf_0000, 12),
+                exit("inout", false, 0x3fd, 3),
+            ],
+        })
+    }
+
+    fn reset_stats(&self) -> Result<(), Refusal> {
+        self.say("reset stats")
+    }
+
     fn pause(&self) -> Result<(), Refusal> {
         self.inner.lock().unwrap().phase = RunPhase::Paused;
         self.say("pause")
@@ -265,6 +295,52 @@ impl ControlTarget for Machine {
             suspended: if held { [0, 1].into() } else { [].into() },
             memory_map: MemoryMap::new(state.machine.memory, false, &devices),
         })
+    }
+
+    fn devices(&self) -> Result<Vec<DeviceDetail>, Refusal> {
+        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+        let bridge = DeviceDetail {
+            slot: "0:0:0".into(),
+            kind: "hostbridge".into(),
+            ..DeviceDetail::default()
+        };
+        let disk = DeviceDetail {
+            slot: "0:2:0".into(),
+            kind: "virtio-blk".into(),
+            virtio: Some(VirtioDetail {
+                offered: "transitional".into(),
+                transport: Some("modern".into()),
+                status: words(&["acknowledge", "driver", "features-ok", "driver-ok"]),
+                interrupts: "msi-x".into(),
+                features: words(&["flush", "version-1"]),
+                declined: Vec::new(),
+                queues: vec![QueueDetail {
+                    index: 0,
+                    size: 256,
+                    next_avail: 12,
+                    next_used: 11,
+                    requests: 65_547,
+                    interrupts: 40_000,
+                }],
+            }),
+            properties: [("image".into(), "disk.img".into())].into(),
+            counters: [("bytes read".into(), 4096), ("reads".into(), 1)].into(),
+        };
+        let idle = DeviceDetail {
+            slot: "0:3:0".into(),
+            kind: "virtio-rnd".into(),
+            virtio: Some(VirtioDetail {
+                offered: "legacy".into(),
+                interrupts: "intx".into(),
+                ..VirtioDetail::default()
+            }),
+            ..DeviceDetail::default()
+        };
+        Ok(vec![bridge, disk, idle])
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
+        self.say(&format!("balloon {bytes}"))
     }
 
     fn pin(&self, _: u32, cpus: &BTreeSet<usize>) -> Result<(), Refusal> {

@@ -74,6 +74,43 @@ fn statistics_have_bhyves_list_and_more() {
 }
 
 #[test]
+fn exits_are_shown_by_place_and_caller_and_counted_anew() {
+    let bench = Bench::new();
+    let machine = bench.running("guest0");
+    insta::assert_snapshot!("get_exits", bench.ok("--vm=guest0 --get-exits=2"));
+    let said = bench.json("--vm=guest0 --get-exits=1 --reset-stats");
+    insta::assert_json_snapshot!("get_exits_json", said);
+    assert_eq!(machine.said(), "reset stats");
+    assert!(bench.fails("--vm=guest0 --get-exits=0", 64).contains("0"));
+    drop(bench.object("stored", "rhyveload"));
+    assert!(
+        bench
+            .fails("--vm=stored --get-exits", 1)
+            .contains("is not running")
+    );
+}
+
+#[test]
+fn devices_are_listed_with_all_there_is_of_them() {
+    let bench = Bench::new();
+    let machine = bench.running("guest0");
+    insta::assert_snapshot!("get_devices", bench.ok("--vm=guest0 --get-devices"));
+    let said = bench.json("--vm=guest0 --get-devices");
+    let disk = &said["devices"][1];
+    assert_eq!(disk["virtio"]["transport"], "modern");
+    assert_eq!(disk["virtio"]["queues"][0]["next_avail"], 12);
+    assert_eq!(disk["counters"]["bytes read"], 4096);
+    bench.ok("--vm=guest0 --set-balloon=128M");
+    bench.ok("--vm=guest0 --set-balloon=0");
+    assert_eq!(machine.said(), "balloon 134217728, balloon 0");
+    bench.object("stopped", "vmmctl");
+    assert_eq!(
+        bench.fails("--vm=stopped --get-devices", 1),
+        "vmmctl: stopped is not running: run it with rhyve stopped, or vmmctl --vm=stopped --run\n"
+    );
+}
+
+#[test]
 fn a_vm_is_ended_by_force_and_destroyed_in_one_call() {
     let bench = Bench::new();
     let machine = bench.running("guest0");

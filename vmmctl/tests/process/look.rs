@@ -185,3 +185,60 @@ fn callers_are_named_and_guesses_marked() {
         "{error}"
     );
 }
+
+#[test]
+fn a_kernel_that_is_not_known_tells_nothing() {
+    let bench = Bench::new();
+    let _machine = bench.running("guest0");
+    for option in ["--dmesg", "--ps"] {
+        let error = bench.fails(&format!("--vm=guest0 {option}"), 1);
+        assert!(
+            error.starts_with("vmmctl: guest0: no names for addresses"),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    let map = bench.dir().join("System.map");
+    std::fs::write(&map, "0000000000001000 T main\n").unwrap();
+    let error = bench.fails(
+        &format!("--vm=guest0 --dmesg --symbols {}", map.display()),
+        1,
+    );
+    assert!(error.contains("no kernel that is known here"), "{error}");
+}
+
+#[test]
+fn shells_complete_names_of_vms_and_registers() {
+    let bench = Bench::new();
+    drop(bench.object("guest0", "rhyveload"));
+    drop(bench.object("web", "rhyveload"));
+    let script = bench.dir().join("vmmctl.bash");
+    fs::write(&script, bench.ok("--generate bash")).unwrap();
+    let complete = |words: &str, current: &str, previous: &str| {
+        let count = words.split(' ').count() - 1;
+        let line = format!(
+            "source {}; COMP_WORDS=({words}); COMP_CWORD={count}; _vmmctl vmmctl '{current}' '{previous}'; echo ${{COMPREPLY[@]}}",
+            script.display()
+        );
+        let output = std::process::Command::new("bash")
+            .env("RHYVE_ROOT", bench.root.path())
+            .args(["--norc", "-c", &line])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(complete("vmmctl --vm = g", "g", "="), "guest0");
+    assert_eq!(complete("vmmctl --vm =", "=", "--vm"), "guest0 web");
+    assert_eq!(complete("vmmctl --vm w", "w", "--vm"), "web");
+    assert_eq!(
+        complete("vmmctl --get-rf", "--get-rf", "vmmctl"),
+        "--get-rflags"
+    );
+    for (shell, names) in [("zsh", "NAME:_rhyve_vms"), ("fish", "-l vm -x -a")] {
+        let text = bench.ok(&format!("--generate {shell}"));
+        assert!(
+            text.contains(names) && text.contains("get-rflags"),
+            "{shell}"
+        );
+    }
+}

@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod common;
+mod conditions;
 mod detail;
 mod live;
 mod look;

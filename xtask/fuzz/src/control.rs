@@ -186,12 +186,16 @@ pub fn seeds() -> Vec<Vec<u8>> {
         Request::Update { vcpu: 1, changes },
         Request::VcpuStats { vcpu: 9 },
         Request::VmStats,
+        Request::Exits { vcpu: 0 },
+        Request::ResetStats,
         Request::Pause,
         Request::Resume,
         Request::Stop,
         Request::Reset,
         Request::PowerButton,
         Request::Nmi { vcpu: 1 },
+        Request::Devices,
+        Request::SetBalloon { bytes: 1 << 27 },
     ];
     let calls = requests.into_iter().zip(1..);
     let mut seeds: Vec<_> = calls

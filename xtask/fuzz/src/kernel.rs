@@ -11,8 +11,8 @@ use rhyveload::progress::Progress;
 use rhyveload::space::{BIOS_AREA, BIOS_AREA_END};
 use vmm_api::memory::{HIGHMEM_BASE, MemSize, MemoryLayout};
 
-#[path = "../../../rhyveload/tests/it/kernels.rs"]
-mod files;
+use crate::freebsd_files::{self, Meta};
+use crate::kernels as files;
 
 const BOOTS: [Boot; 5] = [
     Boot::Auto,
@@ -151,6 +151,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         lz4(&plain, false),
         lz4(&plain, true),
         bzimage,
+        freebsd_files::kernel(&[Meta::Version("kernel", 1000), Meta::Version("pci", 1)]),
     ];
     // What is asked for: first choice of everything, but 256 MiB.
     kernels.iter_mut().for_each(|file| file.push(5));

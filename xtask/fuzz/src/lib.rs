@@ -9,11 +9,34 @@
 
 use std::path::Path;
 
+pub mod balloon;
+pub mod console;
 pub mod control;
+pub mod fat;
+pub mod guest;
 pub mod kernel;
+pub mod loader_conf;
+pub mod module;
+pub mod net;
 pub mod options;
+pub mod p9;
+pub mod partitions;
+pub mod queues;
 pub mod stats;
+pub mod ufs;
+pub mod virtio;
 pub mod vm_json;
+pub mod vsock;
+
+#[path = "../../../rhyveload/tests/it/freebsd_files.rs"]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
+mod freebsd_files;
+#[path = "../../../rhyveload/tests/it/kernels.rs"]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
+mod kernels;
+#[path = "../../../rhyveload/tests/it/ufs_files.rs"]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
+mod ufs_files;
 
 /// Names the directory that [`sow`] fills.
 pub const SEEDS_VARIABLE: &str = "FUZZ_SEEDS";

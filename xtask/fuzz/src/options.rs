@@ -42,7 +42,7 @@ pub fn check(bytes: &[u8]) -> bool {
         },
         "rhyveload" => match rhyveload::cli::Cli::try_parse_from(&lines) {
             // Whatever the sizes are, adding them up must not overflow.
-            Ok(cli) => drop(cli.job().memory.layout.validate()),
+            Ok(cli) => drop(cli.job().map(|job| job.memory.layout.validate())),
             Err(_) => return false,
         },
         "vmmctl" => return vmmctl::cli::Cli::try_parse_from(&lines).is_ok(),

@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -20,10 +21,16 @@ pub const MEMORY_MIB: u32 = 256;
 /// The guest's command line.
 pub const CMDLINE: &str = "console=ttyS0 quiet";
 
+/// What is written anew before each boot: more than a monitor and its guest use.
+const SCRUB_MIB: u32 = 1024;
+
 /// The init's first line.
 const UP: &str = "rhyve-init: up";
 /// The init's last: its shell waits for a command.
 const PROMPT: &str = "# ";
+
+/// What a boot needs and no more: no graphics, no network, no disks.
+const BARE: [&str; 4] = ["-nodefaults", "-no-user-config", "-display", "none"];
 
 /// What is booted, and with what.
 #[derive(Clone, Debug, Args)]
@@ -46,6 +53,8 @@ pub struct Parts {
 pub struct Boots {
     pub rhyve: Boot,
     pub qemu_pc: Boot,
+    /// Without the devices that QEMU adds unasked.
+    pub qemu_pc_bare: Boot,
     pub qemu_microvm: Boot,
     /// rhyveload's part of rhyve's boots.
     pub load_seconds: Sample,
@@ -65,20 +74,23 @@ pub struct Boot {
 pub fn measure(parts: &Parts) -> Result<Boots, Box<dyn Error>> {
     let dir = tempfile::tempdir_in("/dev/shm")?;
     let stage = Stage::new(parts, dir.path())?;
-    let (mut rhyve, mut pc, mut microvm) = (Vec::new(), Vec::new(), Vec::new());
+    let mut rhyve = Vec::new();
+    let (mut pc, mut bare, mut microvm) = (Vec::new(), Vec::new(), Vec::new());
     let mut loads = Vec::new();
     // The first round brings the programs into memory and is not counted.
     for round in 0..=parts.runs {
         let (load, booted) = stage.rhyve()?;
         loads.push(load.as_secs_f64());
         rhyve.push(booted);
-        pc.push(stage.qemu("pc")?);
+        pc.push(stage.qemu("pc", &["-nographic", "-monitor", "none"])?);
+        bare.push(stage.qemu("pc", &BARE)?);
         // Without a clock, which is microvm's default, the kernel waits 4 s for one.
-        microvm.push(stage.qemu("microvm,rtc=on")?);
-        let seconds = [&rhyve, &pc, &microvm].map(|boots| boots.last().map_or(0.0, |boot| boot.0));
+        microvm.push(stage.qemu("microvm,rtc=on", &BARE)?);
+        let seconds = [&rhyve, &pc, &bare, &microvm];
+        let seconds = seconds.map(|boots| boots.last().map_or(0.0, |boot| boot.0));
         eprintln!(
-            "round {round} of {}: rhyve {:.2} s, QEMU pc {:.2} s, microvm {:.2} s",
-            parts.runs, seconds[0], seconds[1], seconds[2]
+            "round {round} of {}: rhyve {:.2} s, QEMU pc {:.2} s, bare {:.2} s, microvm {:.2} s",
+            parts.runs, seconds[0], seconds[1], seconds[2], seconds[3]
         );
     }
     let boot = |runs: Vec<(f64, f64)>| {
@@ -91,6 +103,7 @@ pub fn measure(parts: &Parts) -> Result<Boots, Box<dyn Error>> {
     Ok(Boots {
         rhyve: boot(rhyve),
         qemu_pc: boot(pc),
+        qemu_pc_bare: boot(bare),
         qemu_microvm: boot(microvm),
         load_seconds: loads.split_off(1).into(),
         copy: copy::measure(&parts.programs, &stage.kernel, dir.path(), parts.runs)?,
@@ -132,6 +145,7 @@ impl<'a> Stage<'a> {
         let mut run = program("rhyve");
         run.args(["-c", "1", "-l", "com1,stdio", "bench"]);
 
+        self.scrub()?;
         let start = Instant::now();
         let loaded = time(&mut load)?;
         let booted = self.boot(start, run, |mapping| {
@@ -141,18 +155,32 @@ impl<'a> Stage<'a> {
         Ok((loaded, booted))
     }
 
-    /// QEMU with what a boot needs and no more: no graphics, no network, no disks.
-    fn qemu(&self, machine: &str) -> Result<(f64, f64), Box<dyn Error>> {
+    /// QEMU with its serial port on standard output.
+    fn qemu(&self, machine: &str, devices: &[&str]) -> Result<(f64, f64), Box<dyn Error>> {
         let mut run = Command::new(&self.parts.qemu);
         run.args(["-machine", machine, "-accel", "kvm", "-cpu", "host"]);
         run.args(["-smp", "1", "-m", &format!("{MEMORY_MIB}M")]);
-        run.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        run.args(devices);
         run.args(["-serial", "stdio", "-append", CMDLINE]);
         run.arg("-kernel").arg(&self.kernel);
         run.arg("-initrd").arg(&self.initrd);
+        self.scrub()?;
         self.boot(Instant::now(), run, |mapping| {
             mapping.path.is_empty() && mapping.size_kib >= MEMORY_MIB * 1024
         })
+    }
+
+    /// Writes memory that the next boot is going to get, so that all find it alike. The lane's software
+    /// processor keeps what it has translated of the last guest's code until that memory is written
+    /// again, which is then many times slower, and would be counted to whoever comes next.
+    fn scrub(&self) -> Result<(), Box<dyn Error>> {
+        let path = self.root.with_file_name("scrub");
+        let mut file = fs::File::create(&path)?;
+        let piece = vec![0; 1 << 20];
+        for _ in 0..SCRUB_MIB {
+            file.write_all(&piece)?;
+        }
+        Ok(fs::remove_file(&path)?)
     }
 
     fn boot(

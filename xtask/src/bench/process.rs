@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -28,7 +28,7 @@ pub fn time(command: &mut Command) -> Result<Duration, Box<dyn Error>> {
 pub struct Monitor {
     child: Child,
     /// Kept open: the end of input may end a console.
-    _input: Option<ChildStdin>,
+    input: Option<ChildStdin>,
     console: Receiver<Vec<u8>>,
     text: Vec<u8>,
 }
@@ -50,11 +50,31 @@ impl Monitor {
             }
         });
         Ok(Self {
-            _input: child.stdin.take(),
+            input: child.stdin.take(),
             child,
             console,
             text: Vec::new(),
         })
+    }
+
+    /// Types a line; what the console shows from here on is looked at anew.
+    pub fn send(&mut self, line: &str) -> Result<(), Box<dyn Error>> {
+        self.text.clear();
+        let input = self.input.as_mut().ok_or("a monitor has no input")?;
+        input.write_all(format!("{line}\r").as_bytes())?;
+        Ok(input.flush()?)
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Result<(), Box<dyn Error>> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() >= deadline {
+                return Err("a monitor does not end".into());
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
     }
 
     /// Waits until the console has shown `sign`.
@@ -71,6 +91,14 @@ impl Monitor {
             }
         }
         Ok(())
+    }
+
+    /// Types a command and waits for `end`, which the command itself must not contain; returns what
+    /// the console has shown.
+    pub fn ask(&mut self, command: &str, end: &str) -> Result<String, Box<dyn Error>> {
+        self.send(command)?;
+        self.expect(end)?;
+        Ok(String::from_utf8_lossy(&self.text).into_owned())
     }
 
     /// Resident memory in MiB that is not guest RAM: every mapping's pages in full, those of shared

@@ -4,14 +4,20 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmm_api::state::{DeviceState, StateError};
 
 use super::config::{self, feature};
+use super::inspect;
 use super::worker::{Work, Worker};
 use crate::block::engine::Engine;
 use crate::block::{Backend, BlockError, Info};
 use crate::config::BlockSpec;
-use crate::virtio::{Activation, DeviceError, QueueReset, VirtioDevice, Virtqueue, device_id};
+use crate::lifecycle::{self, Lifecycle};
+use crate::virtio::{
+    Activation, DeviceError, Inspection, QueueReset, VirtioDevice, Virtqueue, device_id,
+};
 use crate::virtio::{Interrupts, feature as common};
 
 /// Bytes of a disk's serial number, padded with NULs.
@@ -63,6 +69,8 @@ pub struct Blk {
 #[derive(Default)]
 struct Running {
     workers: Vec<Worker>,
+    /// While it is frozen.
+    frozen: Vec<Virtqueue>,
     interrupts: Option<Arc<dyn Interrupts>>,
 }
 
@@ -220,8 +228,83 @@ impl VirtioDevice for Blk {
         self.shared.writeback.store(true, Ordering::SeqCst);
     }
 
+    fn feature_names(&self) -> &'static [(u64, &'static str)] {
+        inspect::FEATURES
+    }
+
+    fn inspect(&self) -> Inspection {
+        inspect::inspection(&self.shared, self.engine)
+    }
+
     fn queue_reset(&self) -> Option<&dyn QueueReset> {
         Some(self)
+    }
+
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        Some(self)
+    }
+}
+
+/// What a disk has beyond its queues.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    /// A disk of another size is another disk.
+    capacity: u64,
+    writeback: bool,
+    generation: u8,
+}
+
+impl Lifecycle for Blk {
+    fn freeze(&self) {
+        let mut running = self.running();
+        let workers = std::mem::take(&mut running.workers);
+        let queues = workers.into_iter().filter_map(Worker::finish);
+        running.frozen.extend(queues);
+        drop(running);
+        // What was answered is on the disk, whatever becomes of the host before it goes on.
+        if let Err(error) = self.shared.backend.flush() {
+            tracing::error!(target: "rhyve::virtio::blk", "{}: flush: {error}", self.shared.label);
+        }
+    }
+
+    fn thaw(&self) {
+        let mut running = self.running();
+        for queue in std::mem::take(&mut running.frozen) {
+            // What came meanwhile.
+            let _ = queue.kick().write(1);
+            if let Err(error) = self.start(&mut running, queue) {
+                let error = crate::chain(&error);
+                tracing::error!(target: "rhyve::virtio::blk", "{}: {error}", self.shared.label);
+                if let Some(interrupts) = &running.interrupts {
+                    interrupts.needs_reset();
+                }
+            }
+        }
+    }
+
+    fn save(&self) -> Result<DeviceState, String> {
+        let saved = Saved {
+            capacity: self.info().capacity,
+            writeback: self.shared.writeback.load(Ordering::SeqCst),
+            generation: self.generation.load(Ordering::SeqCst),
+        };
+        lifecycle::save(self.name(), 1, &saved)
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let saved: Saved = lifecycle::load(self.name(), 1, state)?;
+        let now = self.info().capacity;
+        if saved.capacity != now {
+            return Err(StateError::Value(format!(
+                "{}: the disk had {} bytes, this one has {now}",
+                self.shared.label, saved.capacity
+            )));
+        }
+        self.shared
+            .writeback
+            .store(saved.writeback, Ordering::SeqCst);
+        self.generation.store(saved.generation, Ordering::SeqCst);
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod config;
 mod device;
+mod inspect;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -29,12 +29,15 @@ pub(super) struct Work {
 pub(super) struct Worker {
     queue: u16,
     stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    /// Returns its queue if it was asked to leave nothing unanswered.
+    thread: Option<JoinHandle<Option<Virtqueue>>>,
 }
 
 struct Stop {
     /// Looked at between requests.
     asked: AtomicBool,
+    /// What is under way is answered first.
+    answer: AtomicBool,
     /// Ends a wait.
     event: EventFd,
 }
@@ -44,16 +47,18 @@ impl Worker {
     pub fn start(work: Work) -> io::Result<Self> {
         let stop = Arc::new(Stop {
             asked: AtomicBool::new(false),
+            answer: AtomicBool::new(false),
             event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         });
         let queue = work.queue.index();
         let asked = stop.clone();
         let thread = crate::thread::builder(format!("blk-{queue}")).spawn(move || {
             let (label, interrupts) = (work.shared.label.clone(), work.interrupts.clone());
-            if catch_unwind(AssertUnwindSafe(|| work.run(&asked))).is_err() {
+            catch_unwind(AssertUnwindSafe(|| work.run(&asked))).unwrap_or_else(|_| {
                 tracing::error!(target: "rhyve::virtio::blk", "{label}: queue {queue} panicked");
                 interrupts.needs_reset();
-            }
+                None
+            })
         })?;
         Ok(Self {
             queue,
@@ -66,22 +71,30 @@ impl Worker {
     pub fn queue(&self) -> u16 {
         self.queue
     }
+
+    /// Ends it with everything answered that it has taken; the queue, for another worker.
+    pub fn finish(mut self) -> Option<Virtqueue> {
+        self.stop.answer.store(true, Ordering::Release);
+        self.end()
+    }
+
+    fn end(&mut self) -> Option<Virtqueue> {
+        self.stop.asked.store(true, Ordering::Release);
+        // It fails only if the counter is full of wake-ups already.
+        let _ = self.stop.event.write(1);
+        // A panic was caught, and told, on the thread itself.
+        self.thread.take()?.join().ok().flatten()
+    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.stop.asked.store(true, Ordering::Release);
-        // It fails only if the counter is full of wake-ups already.
-        let _ = self.stop.event.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic was caught, and told, on the thread itself.
-            let _ = thread.join();
-        }
+        self.end();
     }
 }
 
 impl Work {
-    fn run(self, stop: &Stop) {
+    fn run(self, stop: &Stop) -> Option<Virtqueue> {
         let memory = self.queue.memory().clone();
         let mut channel = engine::channel(self.shared.backend.clone(), self.engine, &memory);
         let mut queue = Serving {
@@ -105,8 +118,14 @@ impl Work {
                 wait(&queue.queue, stop, &*channel);
             }
         }
+        let answer = stop.answer.load(Ordering::Acquire);
+        while answer && queue.under_way.iter().any(Option::is_some) {
+            wait_for(&*channel);
+            queue.collect(&mut *channel);
+        }
         // The channel goes first, and waits: what is under way uses guest memory.
         drop(channel);
+        answer.then_some(queue.queue)
     }
 }
 
@@ -119,6 +138,17 @@ fn wait(queue: &Virtqueue, stop: &Stop, channel: &dyn Channel<'_>) {
     let _ = poll(&mut fds, PollTimeout::NONE);
     // Takes the news, if there is any.
     let _ = queue.kick().read();
+}
+
+/// Waits for something to collect.
+fn wait_for(channel: &dyn Channel<'_>) {
+    if let Some(ready) = channel.ready() {
+        // Whatever it returns: the caller looks.
+        let _ = poll(
+            &mut [PollFd::new(ready, PollFlags::POLLIN)],
+            PollTimeout::NONE,
+        );
+    }
 }
 
 /// A request under way.

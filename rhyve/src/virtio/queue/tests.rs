@@ -270,3 +270,49 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn answers_that_belong_together_are_seen_together() {
+    let mut driver = GuestDriver::new(4).with_event_index();
+    let (mut queue, interrupts) = rig(&driver);
+    // Around the ring's end, and with one interrupt for all of a frame's buffers.
+    for round in 0..6u16 {
+        let sent: Vec<_> = (0..3)
+            .map(|_| driver.send(&[Buffer::Writable(8)]))
+            .collect();
+        let heads: Vec<_> = (0..3).map(|_| queue.pop().unwrap().head()).collect();
+        let answers: Vec<_> = heads.iter().copied().zip([8, 8, 3]).collect();
+        driver.set_used_event((3 * round).wrapping_add(1));
+        queue.add_used_together(&answers);
+        queue.signal();
+        for (sent, written) in sent.iter().zip([8, 8, 3]) {
+            assert_eq!(driver.used(), Some((sent.head, written)));
+        }
+        assert_eq!(driver.used(), None);
+        assert_eq!(interrupts.queues().len(), usize::from(round) + 1);
+    }
+    queue.add_used_together(&[]);
+    assert_eq!(queue.counters().requests.load(Ordering::Relaxed), 18);
+    assert_eq!(queue.counters().position().next_used, 18);
+}
+
+#[test]
+fn what_was_popped_last_is_given_back() {
+    let mut driver = GuestDriver::new(4);
+    let (mut queue, _) = rig(&driver);
+    let sent: Vec<_> = (0..3)
+        .map(|_| driver.send(&[Buffer::Writable(8)]))
+        .collect();
+    let first = queue.pop().unwrap();
+    let _ = (queue.pop().unwrap(), queue.pop().unwrap());
+    queue.add_used(first.head(), 0);
+    queue.give_back(2);
+    let position = queue.counters().position();
+    assert_eq!((position.next_avail, position.next_used), (1, 1));
+    assert_eq!(queue.pop().unwrap().head(), sent[1].head);
+    assert_eq!(queue.pop().unwrap().head(), sent[2].head);
+    assert!(queue.pop().is_none());
+    // No more than there was.
+    queue.give_back(9);
+    assert_eq!(queue.pop().unwrap().head(), sent[1].head);
+}

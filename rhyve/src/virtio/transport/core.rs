@@ -10,7 +10,7 @@ use vmm_api::kvm::Doorbell;
 use super::link::{Link, NO_VECTOR};
 use super::{BoundDoorbell, Doorbells};
 use crate::virtio::{
-    Activation, Interrupts, QueueCounters, Rings, VirtioDevice, Virtqueue, feature,
+    Activation, Interrupts, Position, QueueCounters, Rings, VirtioDevice, Virtqueue, feature,
 };
 
 /// Device status bits (2.1).
@@ -26,7 +26,7 @@ pub mod status {
 }
 
 /// Which registers a driver uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Interface {
     /// 0.9.5's.
     Legacy,
@@ -46,6 +46,8 @@ pub(super) struct QueueSetup {
     pub kick: Arc<EventFd>,
     /// The device has it; its counters.
     pub running: Option<Arc<QueueCounters>>,
+    /// How far it got in another process, from where it is to go on when it starts.
+    pub resume: Option<Position>,
 }
 
 /// The addresses at which a driver kicks, as far as they are decoded.
@@ -99,6 +101,7 @@ impl Core {
                 enabled: false,
                 kick: Arc::new(EventFd::from_flags(flags)?),
                 running: None,
+                resume: None,
             })
         });
         Ok(Self {
@@ -120,13 +123,13 @@ impl Core {
 
     /// All features that are offered to a driver of this interface.
     pub fn offered(&self, interface: Interface) -> u64 {
-        let rings = feature::RING_INDIRECT_DESC | feature::RING_EVENT_IDX;
+        let rings = self.device.ring_features();
         let own = self.device.features();
         match interface {
-            Interface::Legacy => (own | rings | feature::ANY_LAYOUT) & 0xffff_ffff,
+            Interface::Legacy => (own | rings) & 0xffff_ffff,
             Interface::Modern => {
                 let reset = self.device.queue_reset().map_or(0, |_| feature::RING_RESET);
-                own | rings | feature::VERSION_1 | reset
+                own | rings & !feature::ANY_LAYOUT | feature::VERSION_1 | reset
             }
         }
     }
@@ -213,7 +216,10 @@ impl Core {
         let (memory, kick) = (self.memory.clone(), setup.kick.clone());
         let interrupts = self.link.clone();
         match Virtqueue::new(number, setup.rings, memory, kick, interrupts) {
-            Ok(queue) => {
+            Ok(mut queue) => {
+                if let Some(position) = setup.resume.take() {
+                    queue.resume_at(position);
+                }
                 setup.running = Some(queue.counters().clone());
                 Some(queue)
             }
@@ -338,6 +344,7 @@ impl QueueSetup {
         };
         self.enabled = false;
         self.running = None;
+        self.resume = None;
         // A kick for the driver that is gone would be spurious for the next.
         let _ = self.kick.read();
     }

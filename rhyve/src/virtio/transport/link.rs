@@ -13,6 +13,15 @@ pub const NO_VECTOR: u16 = 0xffff;
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
+/// Interrupts as they are stored.
+#[derive(serde::Serialize, serde::Deserialize)]
+pub(super) struct SavedLink {
+    isr: u8,
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+    broken: bool,
+}
+
 /// Interrupts of one device on PCI.
 pub(super) struct Link {
     msix: Arc<Msix>,
@@ -80,6 +89,28 @@ impl Link {
             vector.store(NO_VECTOR, SeqCst);
         }
         self.broken.store(false, SeqCst);
+    }
+
+    pub fn save(&self) -> SavedLink {
+        let vectors = self.queue_vectors.iter();
+        SavedLink {
+            isr: *self.isr.lock().unwrap_or_else(PoisonError::into_inner),
+            config_vector: self.config_vector(),
+            queue_vectors: vectors.map(|vector| vector.load(SeqCst)).collect(),
+            broken: self.is_broken(),
+        }
+    }
+
+    /// Goes on from a stored state, and asserts INTx if that was asserted.
+    pub fn restore(&self, saved: &SavedLink) {
+        self.set_config_vector(saved.config_vector);
+        for (queue, &vector) in (0..).zip(&saved.queue_vectors) {
+            self.set_queue_vector(queue, vector);
+        }
+        self.broken.store(saved.broken, SeqCst);
+        let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
+        *isr = saved.isr & (ISR_QUEUE | ISR_CONFIG);
+        self.intx.set(*isr != 0);
     }
 
     fn valid(&self, vector: u16) -> u16 {

@@ -17,15 +17,18 @@ use self::core::{Core, Interface, NotifyBases};
 use self::link::Link;
 use super::VirtioDevice;
 use crate::bus::IoSize;
+use crate::lifecycle::Lifecycle;
 use crate::pci::{
     Bar, BarKind, Buses, ConfigSpace, Endpoint, Ident, IntxPin, MsiSink, Msix, NoRoom, Parts,
     PciDevice, Placement,
 };
 
 mod core;
+mod inspect;
 mod legacy;
 mod link;
 mod modern;
+mod saved;
 #[cfg(test)]
 mod tests;
 
@@ -37,8 +40,10 @@ pub enum Transport {
     /// Those of virtio 1.0 and later only.
     Modern,
     /// Both.
-    #[default]
     Transitional,
+    /// Those that devices had at the time the machine is of: both, today.
+    #[default]
+    Customary,
 }
 
 /// Has KVM take a driver's kicks without an exit to user space.
@@ -106,6 +111,8 @@ pub struct VirtioPci {
     device: Arc<dyn VirtioDevice>,
     link: Arc<Link>,
     core: Mutex<Core>,
+    /// The interfaces it has, in `virtio=`'s words.
+    offered: &'static str,
     /// Its own, without the one of MSI-X.
     bars: Vec<Bar>,
     /// Where the capability of PCI configuration access is.
@@ -173,6 +180,11 @@ impl VirtioPci {
             device,
             link,
             core: Mutex::new(core),
+            offered: match (old, modern) {
+                (None, _) => "modern",
+                (Some(_), false) => "legacy",
+                (Some(_), true) => "transitional",
+            },
             bars: parts.bars.clone(),
             window,
         });
@@ -202,6 +214,10 @@ impl VirtioPci {
 }
 
 impl PciDevice for VirtioPci {
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        self.device.lifecycle().map(|_| self as &dyn Lifecycle)
+    }
+
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         match (bar, offset / modern::PART * modern::PART) {

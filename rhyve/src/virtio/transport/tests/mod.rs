@@ -11,6 +11,7 @@ use crate::virtio::feature;
 
 mod garbage;
 mod rig;
+mod saved;
 
 #[test]
 fn identities_are_those_of_each_interface() {

@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex};
 use nix::sys::eventfd::EventFd;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_api::kvm::Doorbell;
+use vmm_api::state::{DeviceState, StateError};
 
 use super::super::core::status::{DRIVER_OK, FEATURES_OK};
 use super::super::*;
 use crate::bus::PortBus;
 use crate::config::PciAddress;
+use crate::lifecycle;
 use crate::mmio::MmioBus;
 use crate::pci::{Intx, PciBus, Target};
 use crate::testing::{Buffer, FakeIrq, FakeMsi, GuestDriver};
@@ -113,6 +115,21 @@ impl VirtioDevice for Echo {
     fn queue_reset(&self) -> Option<&dyn QueueReset> {
         Some(self)
     }
+
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        Some(self)
+    }
+}
+
+impl Lifecycle for Echo {
+    fn save(&self) -> Result<DeviceState, String> {
+        lifecycle::save("echo", 1, &*self.config.lock().unwrap())
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        *self.config.lock().unwrap() = lifecycle::load("echo", 1, state)?;
+        Ok(())
+    }
 }
 
 impl QueueReset for Echo {
@@ -184,6 +201,12 @@ pub struct Rig {
 }
 
 pub fn rig(transport: Transport) -> Rig {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+    rig_on(transport, memory)
+}
+
+/// The same with memory that there is already.
+pub fn rig_on(transport: Transport, memory: GuestMemoryMmap) -> Rig {
     let echo = Arc::<Echo>::default();
     let buses = Buses {
         ports: Arc::new(PortBus::new()),
@@ -191,7 +214,6 @@ pub fn rig(transport: Transport) -> Rig {
     };
     let (msi, intx) = (FakeMsi::default(), FakeIrq::new());
     let doorbells = FakeDoorbells::default();
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
     let board = Board {
         memory: memory.clone(),
         buses: buses.clone(),

@@ -1,15 +1,15 @@
-//! `--bt`: how each vCPU got where it is.
+//! How a vCPU got where it is.
 //!
-//! Frame pointers are followed as long as they lead upwards on the stack and to addresses behind a
+//! Linux without frame pointers has a table for it, which is right or ends. Else frame pointers are followed as long as they lead upwards on the stack and to addresses behind a
 //! call. Where there are none, every word of the stack that is such an address is shown with a
 //! question mark: it may be a caller, or what is left of an earlier call.
 
 use serde_json::{Value, json};
-use vmm_api::memory::MemFile;
-use vmm_api::pagewalk::{self, PhysicalMemory};
-use vmm_api::regs::Registers;
 
-use crate::symbols::Symbols;
+use super::Symbols;
+use super::linux::orc::Unwinder;
+use crate::pagewalk::{self, PhysicalMemory};
+use crate::regs::Registers;
 
 /// Frames that are shown at most.
 const FRAMES_MAX: usize = 64;
@@ -48,13 +48,46 @@ impl Frame {
     }
 }
 
-/// A vCPU's callers, itself first.
-pub fn backtrace(memory: &MemFile, registers: &Registers) -> Vec<Frame> {
-    let stack = Stack { memory, registers };
-    let mut frames = vec![Frame {
-        address: pagewalk::linear_rip(registers),
+/// Where a stack is read.
+pub type Word<'a> = dyn Fn(u64) -> Option<u64> + 'a;
+
+/// A vCPU's callers, itself first: by the kernel's own unwind table, if it has one.
+pub fn backtrace(
+    memory: &dyn PhysicalMemory,
+    registers: &Registers,
+    unwinder: Option<&Unwinder>,
+) -> Vec<Frame> {
+    let word = |gla| {
+        let mut word = [0; 8];
+        pagewalk::copyin(memory, registers, gla, &mut word).ok()?;
+        Some(u64::from_le_bytes(word))
+    };
+    follow(memory, registers, unwinder, &word)
+}
+
+/// The same with a stack from elsewhere, as from a copy of it.
+pub fn follow(
+    memory: &dyn PhysicalMemory,
+    registers: &Registers,
+    unwinder: Option<&Unwinder>,
+    word: &Word<'_>,
+) -> Vec<Frame> {
+    let stack = Stack {
+        memory,
+        registers,
+        word,
+    };
+    let certain = |address| Frame {
+        address,
         certain: true,
-    }];
+    };
+    if let Some(unwinder) = unwinder {
+        let found = unwinder.unwind(registers, word);
+        if found.len() > 1 {
+            return found.into_iter().map(certain).collect();
+        }
+    }
+    let mut frames = vec![certain(pagewalk::linear_rip(registers))];
     let mut pointer = registers.rbp;
     let mut floor = registers.rsp;
     while frames.len() < FRAMES_MAX {
@@ -63,14 +96,11 @@ pub fn backtrace(memory: &MemFile, registers: &Registers) -> Vec<Frame> {
         let Some((next, address)) = plausible.then(|| stack.frame(pointer)).flatten() else {
             break;
         };
-        frames.push(Frame {
-            address,
-            certain: true,
-        });
+        frames.push(certain(address));
         (floor, pointer) = (pointer + 8, next);
     }
     if frames.len() == 1 {
-        let words = (0..SCAN_WORDS).map_while(|n| stack.word(registers.rsp.wrapping_add(8 * n)));
+        let words = (0..SCAN_WORDS).map_while(|n| word(registers.rsp.wrapping_add(8 * n)));
         let callers = words.filter(|&word| stack.follows_call(word));
         frames.extend(callers.take(FRAMES_MAX - 1).map(|address| Frame {
             address,
@@ -82,7 +112,7 @@ pub fn backtrace(memory: &MemFile, registers: &Registers) -> Vec<Frame> {
 
 /// Symbols where the guest has them: Linux moves itself at its start, and its interrupt table tells
 /// by how much. Another kernel is taken to be where its file says.
-pub fn place(symbols: Symbols, memory: &MemFile, registers: &Registers) -> Symbols {
+pub fn place(symbols: Symbols, memory: &dyn PhysicalMemory, registers: &Registers) -> Symbols {
     let file = FIRST_HANDLERS.iter().find_map(|name| symbols.address(name));
     let slide = file
         .zip(first_handler(memory, registers))
@@ -111,19 +141,14 @@ fn first_handler(memory: &dyn PhysicalMemory, registers: &Registers) -> Option<u
 struct Stack<'a> {
     memory: &'a dyn PhysicalMemory,
     registers: &'a Registers,
+    word: &'a Word<'a>,
 }
 
 impl Stack<'_> {
-    fn word(&self, gla: u64) -> Option<u64> {
-        let mut word = [0; 8];
-        pagewalk::copyin(self.memory, self.registers, gla, &mut word).ok()?;
-        Some(u64::from_le_bytes(word))
-    }
-
     /// The saved frame pointer and the return address behind it, if they are such.
     fn frame(&self, pointer: u64) -> Option<(u64, u64)> {
-        let next = self.word(pointer)?;
-        let address = self.word(pointer.checked_add(8)?)?;
+        let next = (self.word)(pointer)?;
+        let address = (self.word)(pointer.checked_add(8)?)?;
         self.follows_call(address).then_some((next, address))
     }
 
@@ -155,9 +180,8 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
-    use vmm_api::memory::MemoryLayout;
-
     use super::*;
+    use crate::memory::{MemFile, MemoryLayout};
 
     /// Flat memory of 1 MiB with a call before 0x1005 and 0x2002.
     fn memory(words: &[(u64, u64)]) -> MemFile {
@@ -186,8 +210,8 @@ mod tests {
         registers
     }
 
-    fn addresses(memory: &MemFile, registers: &Registers) -> Vec<(u64, bool)> {
-        let frames = backtrace(memory, registers);
+    fn addresses(memory: &dyn PhysicalMemory, registers: &Registers) -> Vec<(u64, bool)> {
+        let frames = backtrace(memory, registers, None);
         frames.iter().map(|f| (f.address, f.certain)).collect()
     }
 
@@ -251,7 +275,7 @@ mod tests {
         ) {
             let memory = memory(&words);
             let rsp = if low { near } else { rsp };
-            let frames = backtrace(&memory, &registers(rsp, rbp));
+            let frames = backtrace(&memory, &registers(rsp, rbp), None);
             proptest::prop_assert!((1..=FRAMES_MAX).contains(&frames.len()));
         }
     }

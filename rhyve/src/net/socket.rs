@@ -1,0 +1,185 @@
+//! A wire to another rhyve: a unix socket that keeps frames apart (SOCK_SEQPACKET).
+//!
+//! Frames pass as they are on an Ethernet, without headers. One end listens, one connects; whichever
+//! comes first waits for the other, and if one goes, the other waits again. What is sent without
+//! anybody at the other end is lost, as on a wire.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use vm_memory::VolatileSlice;
+use vmm_api::scatter;
+
+use super::{Backend, Info, NetError, Port, Wait, ifreq};
+
+/// How long a connecting end waits before it tries again.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// One end of a wire.
+pub struct Socket {
+    info: Info,
+    end: Arc<End>,
+}
+
+struct End {
+    path: PathBuf,
+    listener: Option<Arc<OwnedFd>>,
+    peer: Mutex<Option<Arc<OwnedFd>>>,
+}
+
+impl Socket {
+    /// The end that waits at `path`.
+    ///
+    /// # Errors
+    /// [`NetError::Socket`]. A socket there at which nobody listens any more is replaced.
+    pub fn listen(path: &Path) -> Result<Self, NetError> {
+        let error = |action| {
+            move |errno: Errno| NetError::Socket {
+                path: path.to_owned(),
+                action,
+                source: errno.into(),
+            }
+        };
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+        if is_socket && try_connect(path).err() == Some(Errno::ECONNREFUSED) {
+            // Whatever comes of it: bind says.
+            let _ = fs::remove_file(path);
+        }
+        let listener = new_socket().map_err(error("make a socket"))?;
+        let address = UnixAddr::new(path).map_err(error("use that path"))?;
+        bind(listener.as_raw_fd(), &address).map_err(error("listen there"))?;
+        listen(&listener, Backlog::new(1).unwrap_or(Backlog::MAXCONN))
+            .map_err(error("listen there"))?;
+        Ok(Self::new(path, Some(Arc::new(listener)), None, "listening"))
+    }
+
+    /// The end that connects to `path`, as soon as somebody listens there.
+    pub fn connect(path: &Path) -> Self {
+        let peer = try_connect(path).ok();
+        Self::new(path, None, peer, "connecting")
+    }
+
+    fn new(path: &Path, listener: Option<Arc<OwnedFd>>, peer: Option<OwnedFd>, role: &str) -> Self {
+        Self {
+            info: Info {
+                label: format!("socket {}, {role}", path.display()),
+                ..Info::default()
+            },
+            end: Arc::new(End {
+                path: path.to_owned(),
+                listener,
+                peer: Mutex::new(peer.map(Arc::new)),
+            }),
+        }
+    }
+}
+
+fn new_socket() -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+}
+
+fn try_connect(path: &Path) -> Result<OwnedFd, Errno> {
+    let socket = new_socket()?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
+}
+
+impl Backend for Socket {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn port(&self, pair: u16) -> Option<Arc<dyn Port>> {
+        (pair == 0).then(|| self.end.clone() as Arc<dyn Port>)
+    }
+}
+
+impl End {
+    fn peer(&self) -> MutexGuard<'_, Option<Arc<OwnedFd>>> {
+        self.peer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The other end, if it is there now.
+    fn reach(&self) -> Option<Arc<OwnedFd>> {
+        let mut peer = self.peer();
+        if peer.is_none() {
+            let reached = match &self.listener {
+                Some(listener) => ifreq::accept(listener).ok(),
+                None => try_connect(&self.path).ok(),
+            };
+            if reached.is_some() {
+                tracing::info!(target: "rhyve::net", "{}: connected", self.path.display());
+            }
+            *peer = reached.map(Arc::new);
+        }
+        peer.clone()
+    }
+
+    /// Forgets an end that has gone.
+    fn lost(&self, gone: &Arc<OwnedFd>) {
+        let mut peer = self.peer();
+        if peer.as_ref().is_some_and(|peer| Arc::ptr_eq(peer, gone)) {
+            tracing::info!(target: "rhyve::net", "{}: disconnected", self.path.display());
+            *peer = None;
+        }
+    }
+}
+
+impl Port for End {
+    fn wait(&self) -> Wait {
+        let fd = self.peer().clone();
+        let timeout = match (&fd, &self.listener) {
+            (None, None) => Some(AGAIN),
+            _ => None,
+        };
+        Wait {
+            fd: fd.or_else(|| self.listener.clone()),
+            timeout,
+        }
+    }
+
+    fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let peer = self.reach().ok_or(io::ErrorKind::WouldBlock)?;
+        match scatter::receive(&peer, into) {
+            // There are no empty frames: it is the end.
+            Ok(0) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) => {}
+            Ok(len) => return Ok(len),
+        }
+        self.lost(&peer);
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn send(&self, from: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let peer = self.peer().clone();
+        let Some(peer) = peer else { return Ok(()) };
+        match scatter::send(&peer, from) {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                // Whoever receives sees that it has gone.
+                Some(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) => Ok(()),
+                Some(Errno::EMSGSIZE) => Err(io::ErrorKind::InvalidInput.into()),
+                _ => Err(error),
+            },
+        }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if self.listener.is_some() {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}

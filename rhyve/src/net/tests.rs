@@ -1,0 +1,160 @@
+use std::fs;
+use std::os::fd::IntoRawFd;
+use std::path::Path;
+use std::time::Instant;
+
+use super::*;
+use crate::config::NetSpec;
+
+fn slices(bytes: &mut [u8]) -> [VolatileSlice<'_>; 2] {
+    let (first, second) = bytes.split_at_mut(bytes.len() / 2);
+    [first.into(), second.into()]
+}
+
+fn spec(conf: &str) -> NetSpec {
+    NetSpec::parse(conf).unwrap()
+}
+
+fn error(conf: &str) -> String {
+    match open(&spec(conf)) {
+        Ok(backend) => panic!("{conf}: {:?}", backend.info()),
+        Err(error) => crate::chain(&error),
+    }
+}
+
+fn hear(port: &dyn Port) -> Vec<u8> {
+    let end = Instant::now() + Duration::from_secs(10);
+    let mut bytes = vec![0; 2000];
+    loop {
+        match port.receive(&slices(&mut bytes)) {
+            Ok(len) => return bytes[..len].to_vec(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => panic!("{error}"),
+        }
+        assert!(Instant::now() < end, "nothing comes");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Both ends of a wire at `path`, connected.
+fn wire(path: &Path) -> [Arc<dyn Port>; 2] {
+    let ends = ["connect", "listen"].map(|end| {
+        let backend = open(&spec(&format!("socket,{end}={}", path.display()))).unwrap();
+        assert!(!backend.info().header && backend.port(1).is_none());
+        backend.port(0).unwrap()
+    });
+    for (from, to) in [(0, 1), (1, 0)] {
+        let end = Instant::now() + Duration::from_secs(10);
+        // What is sent before they have met is lost; then one end has to look first.
+        while ends[to].receive(&slices(&mut [0; 100])).is_err() {
+            ends[from].send(&slices(&mut [7; 20])).unwrap();
+            let _ = ends[from].receive(&slices(&mut [0; 100]));
+            assert!(Instant::now() < end);
+        }
+        while ends[to].receive(&slices(&mut [0; 100])).is_ok() {}
+    }
+    ends
+}
+
+#[test]
+fn a_wire_keeps_frames_apart_and_both_ends_may_come_back() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("wire");
+    let [connecting, listening] = wire(&path);
+    for len in [60, 1514] {
+        connecting.send(&slices(&mut vec![1; len])).unwrap();
+    }
+    assert_eq!(
+        [hear(&*listening).len(), hear(&*listening).len()],
+        [60, 1514]
+    );
+    listening.send(&slices(&mut [2; 70])).unwrap();
+    assert_eq!(hear(&*connecting), [2; 70]);
+
+    drop(connecting);
+    let mut bytes = [0; 100];
+    let gone = listening.receive(&slices(&mut bytes)).unwrap_err();
+    assert_eq!(gone.kind(), io::ErrorKind::WouldBlock);
+    listening.send(&slices(&mut [3; 60])).unwrap();
+    let back = open(&spec(&format!("socket,connect={}", path.display()))).unwrap();
+    let back = back.port(0).unwrap();
+    back.send(&slices(&mut [4; 60])).unwrap();
+    assert_eq!(hear(&*listening), [4; 60]);
+    drop(listening);
+    assert!(!path.exists());
+    assert!(back.wait().timeout.is_none());
+    assert!(back.receive(&slices(&mut bytes)).is_err());
+    assert!(back.wait().fd.is_none() && back.wait().timeout.is_some());
+    let end = open(&spec(&format!("socket,listen={}", path.display()))).unwrap();
+    let end = end.port(0).unwrap();
+    assert!(back.receive(&slices(&mut bytes)).is_err(), "it tries");
+    assert!(end.receive(&slices(&mut bytes)).is_err(), "and is heard");
+    back.send(&slices(&mut [5; 60])).unwrap();
+    assert_eq!(hear(&*end), [5; 60]);
+}
+
+#[test]
+fn a_place_that_another_has_is_refused_and_a_ghost_replaced() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("wire");
+    let conf = format!("socket,listen={}", path.display());
+    let first = open(&spec(&conf)).unwrap();
+    assert!(
+        error(&conf).contains("cannot listen there"),
+        "{}",
+        error(&conf)
+    );
+    drop(first);
+    // One that ended without a word.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    open(&spec(&conf)).map(|_| ()).unwrap();
+    fs::write(&path, "a file").unwrap();
+    assert!(error(&conf).contains("in use"), "{}", error(&conf));
+    let long = "x".repeat(200);
+    let text = error(&format!("socket,listen=/tmp/{long}"));
+    assert!(text.contains("cannot use that path"), "{text}");
+}
+
+#[test]
+fn what_passes_is_written_down() {
+    let place = tempfile::tempdir().unwrap();
+    let [path, pcap] = ["wire", "pcap"].map(|name| place.path().join(name));
+    let conf = format!("socket,listen={},pcap={}", path.display(), pcap.display());
+    let backend = open(&spec(&conf)).unwrap();
+    let port = backend.port(0).unwrap();
+    let other = open(&spec(&format!("socket,connect={}", path.display()))).unwrap();
+    let other = other.port(0).unwrap();
+    other.send(&slices(&mut [1; 60])).unwrap();
+    hear(&*port);
+    port.send(&slices(&mut [2; 80])).unwrap();
+    let bytes = fs::read(&pcap).unwrap();
+    assert_eq!(bytes[..8], [0x4d, 0x3c, 0xb2, 0xa1, 2, 0, 4, 0]);
+    assert_eq!(bytes[20..24], [1, 0, 0, 0], "Ethernet");
+    let words = |at: usize| {
+        let word = |n| u32::from_le_bytes(bytes[at + n..at + n + 4].try_into().unwrap());
+        (word(0), word(8), word(12))
+    };
+    let (seconds, kept, len) = words(24);
+    assert!(seconds > 1_600_000_000 && (kept, len) == (60, 60));
+    assert_eq!(bytes[40..100], [1; 60]);
+    assert_eq!(words(100).2, 80);
+    assert_eq!(bytes[116..], [2; 80]);
+
+    let conf = format!("socket,connect=x,pcap={}/none/x", place.path().display());
+    assert!(error(&conf).starts_with("pcap="), "{}", error(&conf));
+}
+
+#[test]
+fn descriptors_that_are_none_of_a_tap_are_refused() {
+    let file = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+    let text = error(&format!("fd={file}"));
+    assert!(
+        text.contains(&format!("descriptor {file} is no tap")),
+        "{text}"
+    );
+    let text = error("fd=1021");
+    assert!(
+        text.contains("descriptor 1021") && text.contains("Bad file"),
+        "{text}"
+    );
+}

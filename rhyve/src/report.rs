@@ -1,0 +1,78 @@
+//! The report that is written by itself when a guest ends badly, or makes no progress: beside its
+//! state in the object, so that it is there when somebody comes to look.
+
+use vmm_api::guest::{Kernel, Report, View};
+use vmm_api::memory::GuestRam;
+use vmm_api::regs::Registers;
+use vmm_api::state::{StopReason, VmState};
+use vmm_api::vm::LockedVm;
+
+use crate::machine::Machine;
+use crate::sequencer::Cause;
+
+/// Writes a report of a guest whose last state was captured, if its end calls for one: a triple
+/// fault, an error, a halt that nothing can end, or a reset after its kernel's panic.
+pub fn at_end(vm: &LockedVm, state: &VmState, cause: &Cause, ram: &GuestRam) {
+    let registers: Vec<_> = state.vcpus.iter().map(|v| v.registers.clone()).collect();
+    let wanted = match cause.reason {
+        StopReason::TripleFault | StopReason::Error => true,
+        StopReason::Reset | StopReason::Halt => {
+            Death::find(ram, &registers).is_some_and(|d| d.is(ram))
+        }
+        _ => false,
+    };
+    if wanted {
+        let detail = cause.detail.as_ref().map(|detail| format!(": {detail}"));
+        let why = format!("{}{}", cause.reason.words(), detail.unwrap_or_default());
+        write(vm, state, &registers, &why, ram);
+    }
+}
+
+/// Writes a report of a guest that goes on, but not on its way.
+pub fn of_stall(vm: &LockedVm, state: &VmState, machine: &Machine, why: &str, ram: &GuestRam) {
+    let vcpus = 0..machine.vcpu_count();
+    let registers = vcpus.map_while(|vcpu| machine.ask(vcpu, |kvm| kvm.registers()).ok()?.ok());
+    write(vm, state, &registers.collect::<Vec<_>>(), why, ram);
+}
+
+fn write(vm: &LockedVm, state: &VmState, registers: &[Registers], why: &str, ram: &GuestRam) {
+    let loaded = state.machine.boot.as_ref().map(|boot| boot.kernel.as_ref());
+    let report = Report::new(ram, registers, None, loaded);
+    let text = report.text(&format!("{}: {why}", vm.name()));
+    match vm.write_report(text.as_bytes()) {
+        Ok(path) => eprintln!("rhyve: {}: {why}; see {}", vm.name(), path.display()),
+        // As where the file system is full, which is why the guest has ended then.
+        Err(error) => tracing::info!(target: "rhyve", "no report: {}", crate::chain(&error)),
+    }
+}
+
+/// Where a kernel notes that it has panicked.
+pub struct Death {
+    registers: Registers,
+    address: u64,
+    /// What stands there as long as it lives.
+    alive: u32,
+}
+
+impl Death {
+    /// Finds it in a kernel that is known.
+    pub fn find(ram: &GuestRam, vcpus: &[Registers]) -> Option<Self> {
+        let kernel = Kernel::find(ram, vcpus, None, None).ok()?;
+        // kernel/panic.c: an atomic_t that is PANIC_CPU_INVALID, -1.
+        let address = kernel.symbols.address("panic_cpu")?;
+        Some(Self {
+            registers: kernel.registers,
+            address,
+            alive: u32::MAX,
+        })
+    }
+
+    /// Whether the kernel has panicked.
+    pub fn is(&self, ram: &GuestRam) -> bool {
+        let view = View {
+            memory: ram,
+            registers: &self.registers,
+        };
+        view.half(self.address).is_ok_and(|cpu| cpu != self.alive)
+    }
+}

@@ -1,0 +1,275 @@
+use std::sync::Mutex;
+
+use proptest::prelude::*;
+use vm_memory::Bytes;
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor};
+
+const MEMORY: u64 = 4 << 20;
+
+/// Remembers what it was given; what is not RAM is refused.
+#[derive(Default)]
+struct Given(Mutex<Vec<(u64, u64)>>);
+
+impl Reclaim for Given {
+    fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
+        if gpa.checked_add(len).is_none_or(|end| end > MEMORY) {
+            return Err(io::Error::other("not RAM"));
+        }
+        self.0.lock().unwrap().push((gpa, len));
+        Ok(())
+    }
+}
+
+struct Rig {
+    balloon: Arc<Balloon>,
+    given: Arc<Given>,
+    interrupts: Arc<FakeInterrupts>,
+    /// Inflate, deflate, stats, reporting.
+    drivers: [GuestDriver; 4],
+}
+
+impl Rig {
+    fn new() -> Self {
+        let given = Arc::<Given>::default();
+        let balloon = Balloon::new(Mevent::start().unwrap(), given.clone(), MEMORY, true);
+        let first = GuestDriver::new(16);
+        let memory = first.memory().clone();
+        let others = [1, 2, 3].map(|n| GuestDriver::at(memory.clone(), n << 20, 16));
+        let [second, third, fourth] = others;
+        let rig = Self {
+            balloon,
+            given,
+            interrupts: FakeInterrupts::new(),
+            drivers: [first, second, third, fourth],
+        };
+        rig.activate(rig.balloon.features());
+        rig
+    }
+
+    fn activate(&self, features: u64) {
+        let queues = (0..).zip(&self.drivers);
+        let queues = queues.map(|(n, driver)| driver.virtqueue(n, self.interrupts.clone()));
+        let activation = Activation {
+            memory: self.drivers[0].memory().clone(),
+            features,
+            queues: queues.collect(),
+            interrupts: self.interrupts.clone(),
+        };
+        self.balloon.activate(activation).unwrap();
+    }
+
+    fn ask(&mut self, queue: usize, buffers: &[Buffer]) {
+        let driver = &mut self.drivers[queue];
+        let sent = driver.send(buffers);
+        driver.kick();
+        assert_eq!(driver.wait_used(), (sent.head, 0));
+    }
+
+    fn counted(&self, name: &str) -> u64 {
+        let counters = self.balloon.inspect().counters;
+        counters.iter().find(|(n, _)| *n == name).unwrap().1
+    }
+}
+
+fn numbers(pages: &[u32]) -> Buffer {
+    Buffer::Readable(pages.iter().flat_map(|page| page.to_le_bytes()).collect())
+}
+
+#[test]
+fn pages_are_given_in_runs_and_taken_back() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.balloon.set_target(1 << 20), 1 << 20);
+    assert_eq!(rig.balloon.set_target(u64::MAX), MEMORY);
+    assert_eq!(rig.interrupts.config_changes(), 2);
+    let mut config = [0; 8];
+    rig.balloon.config_read(0, &mut config);
+    assert_eq!(config, [0, 4, 0, 0, 0, 0, 0, 0]);
+    rig.balloon.config_write(0, &[9, 9, 9, 9, 4, 0, 0, 0, 7]);
+    rig.balloon.config_read(0, &mut config);
+    assert_eq!(config, [0, 4, 0, 0, 4, 0, 0, 0]);
+
+    rig.ask(0, &[numbers(&[9, 8, 7]), numbers(&[7, 100])]);
+    let given = rig.given.0.lock().unwrap().clone();
+    assert_eq!(given, [(7 << 12, 3 << 12), (100 << 12, 1 << 12)]);
+    rig.ask(1, &[numbers(&[8, 9])]);
+    assert_eq!(
+        (rig.counted("pages inflated"), rig.counted("pages deflated")),
+        (4, 2)
+    );
+    rig.balloon.reset();
+    assert_eq!(rig.balloon.inspect().properties[1].1, "0");
+}
+
+#[test]
+fn what_is_not_ram_is_counted_and_the_rest_taken() {
+    let mut rig = Rig::new();
+    let last = (MEMORY >> 12) as u32 - 1;
+    rig.ask(0, &[numbers(&[last, last + 1, u32::MAX, 0])]);
+    let given = rig.given.0.lock().unwrap().clone();
+    assert_eq!(given, [(0, 1 << 12), (MEMORY - PAGE, PAGE)]);
+    assert_eq!(rig.counted("errors"), 2);
+    rig.ask(0, &[Buffer::Readable(vec![1, 2, 3])]);
+    rig.ask(0, &[Buffer::Readable(vec![0; 4 * 1025])]);
+    rig.ask(0, &[Buffer::Writable(64)]);
+    assert_eq!(
+        (rig.counted("bad requests"), rig.counted("pages inflated")),
+        (2, 2)
+    );
+}
+
+#[test]
+fn reports_give_whole_pages_only() {
+    let mut rig = Rig::new();
+    let driver = &mut rig.drivers[3];
+    let mut report = |address, len| {
+        let descriptor = RawDescriptor {
+            address,
+            len,
+            flags: 2,
+            next: 0,
+        };
+        driver.set_descriptor(0, descriptor);
+        driver.make_available(0);
+        driver.kick();
+        assert_eq!(driver.wait_used(), (0, 0));
+    };
+    report(0x10_0000, 0x20_0000);
+    report(0x1800, 0x3000);
+    report(0x1001, 0x1000);
+    let given = rig.given.0.lock().unwrap().clone();
+    assert_eq!(given, [(0x10_0000, 0x20_0000), (0x2000, 0x2000)]);
+    assert_eq!(
+        (rig.counted("bytes reported"), rig.counted("bad requests")),
+        (0x20_2000, 1)
+    );
+}
+
+#[test]
+fn statistics_are_asked_for_when_somebody_looks() {
+    let mut rig = Rig::new();
+    let stat = |tag: u16, value: u64| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
+    let first = [stat(4, 1000), stat(5, u64::MAX), stat(99, 1), vec![4]].concat();
+    let buffer = rig.drivers[2].send(&[Buffer::Readable(first)]);
+    rig.drivers[2].kick();
+    let balloon = rig.balloon.clone();
+    let shown = move |free: &str| {
+        let properties = balloon.inspect().properties;
+        properties
+            .iter()
+            .any(|(name, value)| *name == "guest free" && value == free)
+    };
+    // Nobody answers: what is known is told all the same.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !shown("1000") {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(rig.drivers[2].wait_used(), (buffer.head, 0));
+    let answer = std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !shown("2000") {
+            assert!(Instant::now() < deadline);
+        }
+    });
+    rig.drivers[2].send(&[Buffer::Readable(stat(4, 2000))]);
+    rig.drivers[2].kick();
+    answer.join().unwrap();
+}
+
+#[test]
+fn another_process_asks_for_as_much_and_has_the_drivers_buffer_again() {
+    let mut rig = Rig::new();
+    rig.balloon.set_target(1 << 20);
+    rig.balloon.config_write(ACTUAL, &[7, 0, 0, 0]);
+    let stat = [&4u16.to_le_bytes()[..], &1000u64.to_le_bytes()].concat();
+    let buffer = rig.drivers[2].send(&[Buffer::Readable(stat)]);
+    rig.drivers[2].kick();
+    let free = |balloon: &Balloon| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let known = |(name, value): &(_, String)| *name == "guest free" && value == "1000";
+        while !balloon.lock().stats.shown().any(|stat| known(&stat)) {
+            assert!(Instant::now() < deadline);
+        }
+    };
+    free(&rig.balloon);
+    rig.balloon.freeze();
+    let state = rig.balloon.save().unwrap();
+    // It looks at nothing now.
+    rig.drivers[1].send(&[numbers(&[8, 9])]);
+    rig.drivers[1].kick();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(rig.drivers[1].used(), None);
+    rig.balloon.reset();
+
+    let mevent = Mevent::start().unwrap();
+    let small = Balloon::new(mevent.clone(), rig.given.clone(), PAGE, true);
+    small.restore(&state).unwrap();
+    assert_eq!(small.inspect().properties[0].1, "4K");
+    let other = Balloon::new(mevent, rig.given.clone(), MEMORY, true);
+    other.restore(&state).unwrap();
+    let queues = (0..).zip(&rig.drivers);
+    let queues = queues.map(|(n, driver)| driver.resumed(n, rig.interrupts.clone()));
+    let activation = Activation {
+        memory: rig.drivers[0].memory().clone(),
+        features: other.features(),
+        queues: queues.collect(),
+        interrupts: rig.interrupts.clone(),
+    };
+    other.activate(activation).unwrap();
+    rig.drivers[1].wait_used();
+    let mut config = [0; 8];
+    other.config_read(0, &mut config);
+    assert_eq!(config, [0, 1, 0, 0, 7, 0, 0, 0]);
+    free(&other);
+    // The driver gets it back when somebody looks.
+    other.inspect();
+    assert_eq!(rig.drivers[2].wait_used(), (buffer.head, 0));
+}
+
+#[test]
+fn queues_are_numbered_by_what_was_negotiated() {
+    let mut rig = Rig::new();
+    rig.balloon.reset();
+    rig.drivers =
+        [1, 2, 3, 3].map(|n| GuestDriver::at(rig.drivers[0].memory().clone(), n << 20, 16));
+    rig.activate(feature::REPORTING);
+    // The third is the reporting queue now.
+    rig.drivers[2].send(&[Buffer::Writable(8192)]);
+    rig.drivers[2].kick();
+    rig.drivers[2].wait_used();
+    assert!(rig.counted("bytes reported") > 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever is in any queue: nothing that is not RAM is given away, and the device lives.
+    #[test]
+    fn anything_is_survived(
+        requests in prop::collection::vec((0usize..4, any::<[u16; 4]>(), prop::collection::vec(any::<u8>(), 0..64)), 1..12)
+    ) {
+        let mut rig = Rig::new();
+        for (queue, raw, bytes) in requests {
+            let driver = &mut rig.drivers[queue];
+            let memory = driver.memory().clone();
+            let at = GuestAddress(0x3f_0000);
+            memory.write_slice(&bytes, at).unwrap();
+            let descriptor = RawDescriptor {
+                address: if raw[0] & 1 == 0 { at.0 } else { u64::from(raw[0]) << 8 },
+                len: if raw[1] & 1 == 0 { bytes.len() as u32 } else { u32::from(raw[1]) << 8 },
+                flags: raw[2] & 7,
+                next: raw[3] & 15,
+            };
+            driver.set_descriptor(raw[3] & 15, descriptor);
+            driver.make_available(raw[3] & 15);
+            driver.kick();
+        }
+        rig.balloon.inspect();
+        rig.balloon.reset();
+        for (gpa, len) in rig.given.0.lock().unwrap().iter() {
+            prop_assert!(gpa % PAGE == 0 && len % PAGE == 0 && gpa + len <= MEMORY);
+        }
+    }
+}

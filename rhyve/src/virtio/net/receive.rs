@@ -1,0 +1,272 @@
+//! From the backend to the driver.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
+
+use super::filter::LOOKED_AT;
+use super::worker::{Bell, For, Work, wait};
+use crate::net::Wait;
+use crate::virtio::Virtqueue;
+
+/// The largest frame with its header: 64 KiB of packet, addresses, a tag, and some room.
+const LARGEST: usize = (64 << 10) + 64;
+/// Where a header says how many buffers a frame takes (5.1.6), if it is so long.
+const NUM_BUFFERS: usize = 10;
+/// Pieces of memory for one call; one more is for what does not fit.
+const MAX_SLICES: usize = 1000;
+/// How long to wait for more buffers than none.
+const SHORT: Duration = Duration::from_millis(1);
+
+/// A buffer of the driver's.
+struct Room<'m> {
+    head: u16,
+    slices: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+struct Receiving<'m> {
+    work: Work,
+    memory: &'m GuestMemoryMmap,
+    /// Buffers the driver has given and not got back, in its order.
+    rooms: VecDeque<Room<'m>>,
+    /// Their bytes and pieces.
+    bytes: usize,
+    pieces: usize,
+    /// More of them were waited for.
+    patient: bool,
+    /// Takes what the buffers have no room for, so that it is seen.
+    spill: Vec<u8>,
+}
+
+/// A receive thread's life. Returns its queue with no buffer taken out of it.
+pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
+    let memory = work.queue.memory().clone();
+    let mut receiving = Receiving {
+        work,
+        memory: &memory,
+        rooms: VecDeque::new(),
+        bytes: 0,
+        pieces: 0,
+        patient: false,
+        spill: vec![0; LARGEST],
+    };
+    receiving.work.queue.disable_kicks();
+    while !bell.stopped() {
+        receiving.turn(bell);
+    }
+    let mut queue = receiving.work.queue;
+    queue.give_back(receiving.rooms.len());
+    queue
+}
+
+impl<'m> Receiving<'m> {
+    /// Moves a frame, or waits: once, for a wait takes the bell's ring away.
+    fn turn(&mut self, bell: &Bell) {
+        let shared = &self.work.shared;
+        if shared.is_lost() || self.work.pair >= shared.active_pairs.load(Relaxed) {
+            return wait(bell, &For::default());
+        }
+        let result = if shared.is_up() {
+            if !self.gather() && (self.rooms.is_empty() || !self.patient) {
+                // With some room, the next frame may fit; it is asked for after a moment.
+                self.patient = true;
+                let timeout = (!self.rooms.is_empty()).then_some(SHORT);
+                return self.wait(bell, true, None, timeout);
+            }
+            self.patient = false;
+            self.receive()
+        } else {
+            self.discard()
+        };
+        match result {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let ready = self.work.port.wait();
+                let frame = Some((&ready, PollFlags::POLLIN));
+                let more = self.work.shared.is_up() && !self.has_enough();
+                self.wait(bell, more, frame, None);
+            }
+            Err(error) => self.work.shared.complain(self.work.pair, "receive", &error),
+        }
+    }
+
+    /// Waits for any of: more buffers, a frame, the time.
+    fn wait(
+        &mut self,
+        bell: &Bell,
+        buffers: bool,
+        port: Option<(&Wait, PollFlags)>,
+        timeout: Option<Duration>,
+    ) {
+        if buffers && self.work.queue.enable_kicks() {
+            // They are there already.
+            return self.work.queue.disable_kicks();
+        }
+        let what = For {
+            kick: buffers.then_some(&self.work.queue),
+            port,
+            timeout,
+        };
+        wait(bell, &what);
+        if buffers {
+            self.work.queue.disable_kicks();
+        }
+    }
+
+    /// Whether the largest frame fits, or all of a small ring is here.
+    fn has_enough(&self) -> bool {
+        if self.work.mergeable {
+            let most = MAX_SLICES.min(self.work.queue.size().into());
+            self.bytes >= LARGEST || self.pieces >= most
+        } else {
+            !self.rooms.is_empty()
+        }
+    }
+
+    /// Takes buffers until there are enough; false if there are not.
+    fn gather(&mut self) -> bool {
+        while !self.has_enough() {
+            let Some(chain) = self.work.queue.pop() else {
+                return false;
+            };
+            let len = chain.writable_len() as usize;
+            if len <= self.work.header || !chain.readable().is_empty() {
+                self.work.shared.counters.bad_requests.fetch_add(1, Relaxed);
+                self.work.queue.add_used(chain.head(), 0);
+                self.work.queue.signal();
+                continue;
+            }
+            let slices = chain.writer(self.memory).slices(u32::MAX);
+            self.bytes += len;
+            self.pieces += slices.len();
+            self.rooms.push_back(Room {
+                head: chain.head(),
+                slices,
+                len,
+            });
+        }
+        true
+    }
+
+    /// Takes a frame that comes while the link is down: nobody is to find it when it is up again.
+    fn discard(&mut self) -> io::Result<()> {
+        self.work
+            .port
+            .receive(&[self.spill.as_mut_slice().into()])?;
+        let counters = &self.work.shared.counters;
+        counters.receive_dropped.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Receives a frame into the buffers there are.
+    fn receive(&mut self) -> io::Result<()> {
+        let header = self.work.header;
+        // Without headers in the backend, the driver's are written here.
+        let ours = if self.work.shared.backend.info().header {
+            0
+        } else {
+            header
+        };
+        // A frame of a driver without mergeable buffers has one.
+        let rooms = if self.work.mergeable {
+            self.rooms.len()
+        } else {
+            1
+        };
+        let all = || self.rooms.iter().take(rooms).flat_map(|room| &room.slices);
+        let mut slices: Vec<VolatileSlice<'_>> = Vec::with_capacity(self.pieces + 1);
+        each(all(), ours, |slice| {
+            slices.push(slice);
+            slices.len() < MAX_SLICES
+        });
+        let capacity = ours + slices.iter().map(VolatileSlice::len).sum::<usize>();
+        slices.push(self.spill.as_mut_slice().into());
+        let len = ours + self.work.port.receive(&slices)?;
+        let counters = &self.work.shared.counters;
+        if len > capacity || len <= header {
+            counters.receive_dropped.fetch_add(1, Relaxed);
+            return Ok(());
+        }
+        let mut start = [0; LOOKED_AT];
+        peek(all(), header, &mut start);
+        if !self.work.shared.wants(&start) {
+            counters.filtered.fetch_add(1, Relaxed);
+            return Ok(());
+        }
+        let mut left = len;
+        let mut answers = Vec::new();
+        for room in &self.rooms {
+            if left == 0 {
+                break;
+            }
+            let written = room.len.min(left);
+            left -= written;
+            answers.push((room.head, written as u32));
+        }
+        if ours != 0 {
+            poke(all(), 0, &[0; NUM_BUFFERS]);
+        }
+        if header > NUM_BUFFERS {
+            // Without mergeable buffers it is 1 (5.1.6.4).
+            poke(all(), NUM_BUFFERS, &(answers.len() as u16).to_le_bytes());
+        }
+        counters.received.fetch_add(1, Relaxed);
+        let frame = (len - header) as u64;
+        counters.bytes_received.fetch_add(frame, Relaxed);
+        for room in self.rooms.drain(..answers.len()) {
+            self.bytes -= room.len;
+            self.pieces -= room.slices.len();
+        }
+        self.work.queue.add_used_together(&answers);
+        self.work.queue.signal();
+        Ok(())
+    }
+}
+
+/// Copies what is at `offset`, or as much of it as there is.
+fn peek<'s, 'm: 's>(
+    slices: impl Iterator<Item = &'s VolatileSlice<'m>>,
+    offset: usize,
+    mut to: &mut [u8],
+) {
+    each(slices, offset, |slice| {
+        let count = slice.copy_to(to);
+        to = std::mem::take(&mut to).get_mut(count..).unwrap_or_default();
+        !to.is_empty()
+    });
+}
+
+/// Writes at `offset`, or as much as there is room for.
+fn poke<'s, 'm: 's>(
+    slices: impl Iterator<Item = &'s VolatileSlice<'m>>,
+    offset: usize,
+    mut from: &[u8],
+) {
+    each(slices, offset, |slice| {
+        let count = slice.len().min(from.len());
+        slice.copy_from(from);
+        from = from.get(count..).unwrap_or_default();
+        !from.is_empty()
+    });
+}
+
+/// The slices from `offset` on, until there was enough.
+fn each<'s, 'm: 's>(
+    slices: impl Iterator<Item = &'s VolatileSlice<'m>>,
+    mut offset: usize,
+    mut more: impl FnMut(VolatileSlice<'m>) -> bool,
+) {
+    for slice in slices {
+        let now = offset.min(slice.len());
+        offset -= now;
+        match slice.offset(now) {
+            Ok(rest) if !rest.is_empty() && !more(rest) => break,
+            _ => {}
+        }
+    }
+}

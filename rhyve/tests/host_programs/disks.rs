@@ -1,0 +1,155 @@
+//! virtio-blk under the probe kernel's own driver, which runs on any KVM.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+use crate::guests::{ask, load, probe, start_probe};
+use crate::support::Place;
+
+/// Sectors of the disks.
+const SECTORS: u64 = 2048;
+
+fn disk(place: &Place, name: &str) -> PathBuf {
+    let path = place.path(name);
+    File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
+    path
+}
+
+/// What the probe writes (guests/probe/blk.rs).
+fn sector(seed: u64, sector: u64) -> Vec<u8> {
+    let words =
+        (0..128u32).map(|at| (seed as u32).wrapping_mul(0x9e37_79b9) ^ (sector as u32) << 8 ^ at);
+    words.flat_map(u32::to_le_bytes).collect()
+}
+
+fn holds(image: &Path, number: u64, seed: u64) -> bool {
+    let mut found = [0; 512];
+    let file = File::open(image).unwrap();
+    file.read_exact_at(&mut found, number * 512).unwrap();
+    found[..] == sector(seed, number)[..]
+}
+
+#[test]
+fn both_interfaces_serve_a_driver_one_after_the_other() {
+    let place = Place::new();
+    let [both, old, new] = ["both", "old", "new"].map(|name| disk(&place, name));
+    let options = format!(
+        "-s 3,virtio-blk,{},ser=BOTH -s 4,virtio-rnd -s 4:1,virtio-blk,{},virtio=legacy \
+         -s 0:5:0,virtio-blk,{},virtio=modern,aio=io_uring",
+        both.display(),
+        old.display(),
+        new.display()
+    );
+    let (mut guest, _) = start_probe(&place, &options);
+    let mut check = |command: &str, answer: &str| {
+        let found = ask(&mut guest, command);
+        let answer = format!("probe: blk {answer}");
+        assert!(found.contains(&answer), "{command}: {found}");
+    };
+    // The same disk by each of its interfaces, twice.
+    for (round, kind) in ["legacy", "modern", "legacy", "modern"].iter().enumerate() {
+        check(&format!("blk {kind} 0"), &format!("{kind} sectors 2048"));
+        check("blk id", "id BOTH ok");
+        if round > 0 {
+            check(&format!("blk read 100 8 {round}"), "read 8 ok");
+        }
+        check(&format!("blk write 100 8 {}", round + 1), "write 8 ok");
+        check("blk flush", "flush ok");
+    }
+    check("blk read 100 8 9", "read FAILED (sector 100 differs)");
+    check("blk write 2048 1 1", "FAILED (I/O error)");
+    // A function that is not the first of its device, and each of those that have one interface.
+    check("blk modern 1", "FAILED (no modern registers)");
+    check("blk legacy 1", "legacy sectors 2048");
+    check("blk write 2047 1 7", "write 1 ok");
+    check("blk read 2047 1 7", "read 1 ok");
+    check("blk legacy 2", "FAILED (no legacy registers)");
+    check("blk modern 2", "modern sectors 2048");
+    check("blk write 0 300 8", "write 300 ok");
+    check("blk read 0 300 8", "read 300 ok");
+    check("blk modern 3", "FAILED (no such device)");
+    guest.console.send("poweroff");
+    assert_eq!(guest.wait().status, Some(1));
+    assert!((100..108).all(|number| holds(&both, number, 4)));
+    assert!(holds(&old, 2047, 7));
+    assert!((0..300).all(|number| holds(&new, number, 8)));
+}
+
+#[test]
+fn what_a_flush_returned_for_is_in_the_image_after_kill_9() {
+    let place = Place::new();
+    let kernel = probe(&place);
+    for round in 0..20 {
+        // Raw and qcow2, by threads and by io_uring.
+        let (name, options) = [
+            ("disk.img", ""),
+            ("disk.qcow2", ""),
+            ("disk.img", ",aio=io_uring,virtio=modern"),
+            ("disk.qcow2", ",virtio=legacy"),
+        ][round % 4];
+        let path = place.path(name);
+        let _ = std::fs::remove_file(&path);
+        if name.ends_with("qcow2") {
+            qemu_img(&["create", "-q", "-f", "qcow2"], &[&path], "1M");
+        } else {
+            disk(&place, name);
+        }
+        load(&place, "-m 64M", &kernel);
+        let mut guest = place.start(&format!("-s 2,virtio-blk,{}{options}", path.display()));
+        guest.console.expect("probe> ");
+        let legacy = options.contains("legacy");
+        guest
+            .console
+            .send(if legacy { "blk legacy" } else { "blk modern" });
+        guest.console.expect("probe> ");
+        // Sectors apart, so that qcow2 has clusters to allocate.
+        let first = 1 + 97 * round as u64 % 1000;
+        guest.console.send(&format!("blk log {first} 1000"));
+        guest.console.expect(&format!("stable {}\r", 3 + 2 * round));
+        guest.signal(Signal::SIGKILL);
+        let ended = guest.wait();
+        assert_eq!(ended.status, Some(128 + 9), "{ended:?}");
+        let told = ended.output.lines().filter_map(|line| {
+            let number = line.strip_prefix("stable ")?;
+            number.trim().parse::<u64>().ok()
+        });
+        // The last line may be cut short, which makes another number of it.
+        let stable = told
+            .max()
+            .map_or(3 + 2 * round as u64, |last| last.max(3 + 2 * round as u64));
+        let raw = if name.ends_with("qcow2") {
+            // Leaked clusters (3) are what a crash may leave; errors are not.
+            let check = Command::new("qemu-img")
+                .arg("check")
+                .arg(&path)
+                .output()
+                .unwrap();
+            assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
+            let raw = place.path("raw");
+            qemu_img(&["convert", "-O", "raw"], &[&path, &raw], "");
+            raw
+        } else {
+            path
+        };
+        for number in 0..=stable {
+            assert!(
+                holds(&raw, first + number, number),
+                "round {round}: {number} of {stable} is lost"
+            );
+        }
+    }
+}
+
+fn qemu_img(options: &[&str], files: &[&Path], size: &str) {
+    let mut command = Command::new("qemu-img");
+    command.args(options).args(files);
+    command.args((!size.is_empty()).then_some(size));
+    let output = command
+        .output()
+        .expect("qemu-img of Debian's package qemu-utils");
+    assert!(output.status.success(), "{command:?}: {output:?}");
+}

@@ -1,0 +1,186 @@
+//! Which kernel a guest runs, and what it tells.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::linux::orc::Unwinder;
+use super::linux::{self, Linux};
+use super::{GuestError, SymbolError, Symbols, View, backtrace, freebsd};
+use crate::pagewalk::{PagingMode, PhysicalMemory};
+use crate::regs::Registers;
+
+/// A line of a kernel's log, or several lines that were said at once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// Its number, where messages have one.
+    pub sequence: Option<u64>,
+    /// Nanoseconds since the kernel's start, where messages have a time.
+    pub time_ns: Option<u64>,
+    /// syslog's facility.
+    pub facility: u8,
+    /// syslog's level: 0 is the worst.
+    pub level: u8,
+    /// What it says.
+    pub text: String,
+}
+
+impl Message {
+    /// The message as the kernel itself prints it: each line with its time.
+    pub fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        let time = self.time_ns.map(|ns| {
+            let (seconds, micros) = (ns / 1_000_000_000, ns / 1000 % 1_000_000);
+            format!("[{seconds:>5}.{micros:06}] ")
+        });
+        let time = time.unwrap_or_default();
+        self.text
+            .split('\n')
+            .map(move |line| format!("{time}{line}"))
+    }
+}
+
+/// A process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Process {
+    /// Its number.
+    pub id: u32,
+    /// Its parent's, where that is known.
+    pub parent: Option<u32>,
+    /// What it does, in ps(1)'s letter.
+    pub state: Option<char>,
+    /// Whose it is, by number.
+    pub user: Option<u32>,
+    /// The kernel's short name of it.
+    pub name: String,
+    /// What it was started with; the name in brackets where that is nothing.
+    pub command: String,
+}
+
+/// A kernel whose names are known.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The vCPU through whose page tables it is seen.
+    pub registers: Registers,
+    /// Its names, where the guest has them.
+    pub symbols: Symbols,
+    /// It carries its names with it, so that it is Linux.
+    pub carried: bool,
+}
+
+/// The registers of the vCPU that sees the kernel best: the first with 64-bit paging, else the first.
+pub fn kernel_view(vcpus: &[Registers]) -> Option<&Registers> {
+    let long = |r: &&Registers| matches!(PagingMode::of(r), PagingMode::Long4 | PagingMode::Long5);
+    vcpus.iter().find(long).or(vcpus.first())
+}
+
+impl Kernel {
+    /// Looks for a kernel's names: in `named`, if a file is named; in memory; in the file that was
+    /// loaded.
+    ///
+    /// # Errors
+    ///
+    /// The named file has none, or there are none anywhere.
+    pub fn find(
+        memory: &dyn PhysicalMemory,
+        vcpus: &[Registers],
+        named: Option<&Path>,
+        loaded: Option<&Path>,
+    ) -> Result<Self, SymbolError> {
+        let Some(seen) = kernel_view(vcpus) else {
+            return Err(SymbolError::Nowhere);
+        };
+        let from_file = |path| {
+            let symbols = Symbols::read(path)?;
+            Ok(Self {
+                symbols: backtrace::place(symbols, memory, seen),
+                registers: seen.clone(),
+                carried: false,
+            })
+        };
+        if let Some(path) = named {
+            return from_file(path);
+        }
+        // With page-table isolation a process's tables are 4 KiB behind the kernel's own
+        // (arch/x86/include/asm/pgtable.h, PTI_PGTABLE_SWITCH_BIT).
+        let isolated = Registers {
+            cr3: seen.cr3 & !0x1fff,
+            ..seen.clone()
+        };
+        for registers in [seen, &isolated] {
+            let view = View { memory, registers };
+            if let Some(symbols) = linux::symbols(view) {
+                return Ok(Self {
+                    symbols,
+                    registers: registers.clone(),
+                    carried: true,
+                });
+            }
+        }
+        loaded.map_or(Err(SymbolError::Nowhere), from_file)
+    }
+
+    /// The kernel's log.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it makes no sense.
+    pub fn messages(&self, memory: &dyn PhysicalMemory) -> Result<Vec<Message>, GuestError> {
+        let view = self.view(memory);
+        if self.symbols.address("msgbufp").is_some() {
+            return freebsd::messages(view, &self.symbols);
+        }
+        self.is_linux()?;
+        linux::log::messages(&Linux::new(view, &self.symbols)?)
+    }
+
+    /// The processes that there are.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say, or it makes no sense.
+    pub fn processes(&self, memory: &dyn PhysicalMemory) -> Result<Vec<Process>, GuestError> {
+        let view = self.view(memory);
+        if self.symbols.address("allproc").is_some() {
+            return freebsd::processes(view, &self.symbols);
+        }
+        self.is_linux()?;
+        linux::tasks::processes(&Linux::new(view, &self.symbols)?)
+    }
+
+    /// What tells callers on the stacks of a kernel without frame pointers.
+    pub fn unwinder(&self, memory: &dyn PhysicalMemory) -> Option<Unwinder> {
+        Unwinder::new(self.view(memory), &self.symbols)
+    }
+
+    fn is_linux(&self) -> Result<(), GuestError> {
+        if self.carried || self.symbols.address("init_task").is_some() {
+            return Ok(());
+        }
+        Err(GuestError::Unknown)
+    }
+
+    fn view<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> View<'a> {
+        View {
+            memory,
+            registers: &self.registers,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_a_time_on_each_line() {
+        let message = Message {
+            sequence: Some(1),
+            time_ns: Some(12_345_678_999),
+            facility: 0,
+            level: 6,
+            text: "one\ntwo".into(),
+        };
+        let lines: Vec<_> = message.lines().collect();
+        assert_eq!(lines, ["[   12.345678] one", "[   12.345678] two"]);
+    }
+}

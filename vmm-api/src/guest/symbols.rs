@@ -1,0 +1,245 @@
+//! Names for addresses: of an ELF file's symbol table, of a System.map or kallsyms text, or of what a
+//! kernel carries with it.
+
+use std::path::{Path, PathBuf};
+
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object, ObjectSymbol, SymbolKind};
+
+/// Why a file gives no symbols.
+#[derive(Debug, thiserror::Error)]
+pub enum SymbolError {
+    /// It cannot be read.
+    #[error("{}: cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// There are none in it.
+    #[error(
+        "{}: no symbols in it: give an ELF file that is not stripped, or a System.map, with --symbols",
+        .0.display()
+    )]
+    None(PathBuf),
+    /// There are none in memory either.
+    #[error(
+        "no names for addresses: there is no Linux in memory that carries its symbols, and no kernel file is known; give one with --symbols"
+    )]
+    Nowhere,
+}
+
+/// What a symbol names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Code.
+    Text,
+    /// Anything else.
+    Data,
+}
+
+impl Kind {
+    /// By nm(1)'s letter.
+    pub fn of(letter: u8) -> Self {
+        match letter {
+            b't' | b'T' | b'w' | b'W' => Self::Text,
+            _ => Self::Data,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Symbol {
+    address: u64,
+    /// Of its name in all of them.
+    at: u32,
+    len: u16,
+}
+
+/// Names by address and addresses by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Symbols {
+    /// In the order of addresses.
+    functions: Vec<Symbol>,
+    data: Vec<Symbol>,
+    names: String,
+    /// What is added to an address of the file to get one of the guest.
+    slide: u64,
+}
+
+impl Symbols {
+    /// Reads a file of any of the kinds.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or has no function's name in it.
+    pub fn read(path: &Path) -> Result<Self, SymbolError> {
+        let bytes = std::fs::read(path).map_err(|source| SymbolError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&bytes).ok_or_else(|| SymbolError::None(path.to_owned()))
+    }
+
+    /// The same of what stands in a file; none if there is no function's name in it.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut symbols = Self::default();
+        if bytes.starts_with(b"\x7fELF") {
+            elf(bytes, &mut symbols)?;
+        } else {
+            map(bytes, &mut symbols);
+        }
+        symbols.settle()
+    }
+
+    /// Adds a symbol; a name of more than 65,535 bytes is none.
+    pub(super) fn add(&mut self, address: u64, kind: Kind, name: &str) {
+        let (Ok(at), Ok(len)) = (u32::try_from(self.names.len()), u16::try_from(name.len())) else {
+            return;
+        };
+        self.names.push_str(name);
+        let list = match kind {
+            Kind::Text => &mut self.functions,
+            Kind::Data => &mut self.data,
+        };
+        list.push(Symbol { address, at, len });
+    }
+
+    /// Puts what was added in order; none if there is no function.
+    pub(super) fn settle(mut self) -> Option<Self> {
+        for list in [&mut self.functions, &mut self.data] {
+            list.sort();
+        }
+        // The first name of an address is the one that is shown.
+        self.functions.dedup_by_key(|symbol| symbol.address);
+        (!self.functions.is_empty()).then_some(self)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.functions.len() + self.data.len()
+    }
+
+    /// The address of a function or of data in the guest.
+    pub fn address(&self, name: &str) -> Option<u64> {
+        let mut all = self.functions.iter().chain(&self.data);
+        let found = all.find(|symbol| self.text(symbol) == name)?;
+        Some(found.address.wrapping_add(self.slide))
+    }
+
+    /// Moves all of them, as a kernel moves itself at a random start (KASLR).
+    #[must_use]
+    pub fn moved(self, slide: u64) -> Self {
+        Self { slide, ..self }
+    }
+
+    /// `function+0xoffset` of an address in the guest; none where no function begins within 1 MiB
+    /// before it.
+    pub fn name(&self, address: u64) -> Option<String> {
+        let (name, offset) = self.function(address)?;
+        Some(format!("{name}+{offset:#x}"))
+    }
+
+    /// The function at an address in the guest, and how far behind its beginning that is.
+    pub fn function(&self, address: u64) -> Option<(&str, u64)> {
+        const FAR: u64 = 1 << 20;
+        let address = address.wrapping_sub(self.slide);
+        let behind = self
+            .functions
+            .partition_point(|symbol| symbol.address <= address);
+        let symbol = self.functions.get(behind.checked_sub(1)?)?;
+        let offset = address - symbol.address;
+        (offset < FAR).then(|| (self.text(symbol), offset))
+    }
+
+    fn text(&self, symbol: &Symbol) -> &str {
+        let at = symbol.at as usize;
+        self.names
+            .get(at..at + usize::from(symbol.len))
+            .unwrap_or_default()
+    }
+}
+
+fn elf(bytes: &[u8], symbols: &mut Symbols) -> Option<()> {
+    let file = ElfFile64::<Endianness>::parse(bytes).ok()?;
+    for symbol in file.symbols() {
+        let kind = match symbol.kind() {
+            SymbolKind::Text => Kind::Text,
+            SymbolKind::Data => Kind::Data,
+            _ => continue,
+        };
+        let name = symbol.name().unwrap_or_default();
+        if symbol.address() != 0 && symbol.is_definition() && !name.is_empty() {
+            symbols.add(symbol.address(), kind, name);
+        }
+    }
+    Some(())
+}
+
+/// Lines of nm(1): address, type, name, and for a module's function its name in brackets.
+fn map(bytes: &[u8], symbols: &mut Symbols) {
+    for line in bytes.split(|&b| b == b'\n') {
+        let mut words = std::str::from_utf8(line)
+            .unwrap_or_default()
+            .split_whitespace();
+        let mut word = || words.next();
+        let (Some(address), Some(&[letter]), Some(name)) =
+            (word(), word().map(str::as_bytes), word())
+        else {
+            continue;
+        };
+        match u64::from_str_radix(address, 16) {
+            Ok(address) if address != 0 => symbols.add(address, Kind::of(letter), name),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_names_addresses() {
+        let text = b"0000000000000000 A zero\nffffffff81000000 T _text\nffffffff81000100 t inner\n\
+                     ffffffff81000080 D data\nnot a line\nffffffff81000200 T outer [mod]\n";
+        let symbols = Symbols::parse(text).unwrap();
+        let name = |address| symbols.name(address);
+        assert_eq!(name(0xffff_ffff_8100_0000).as_deref(), Some("_text+0x0"));
+        assert_eq!(name(0xffff_ffff_8100_01ff).as_deref(), Some("inner+0xff"));
+        assert_eq!(name(0xffff_ffff_8100_0200).as_deref(), Some("outer+0x0"));
+        assert_eq!(symbols.address("data"), Some(0xffff_ffff_8100_0080));
+        assert_eq!(name(0xffff_ffff_80ff_ffff), None);
+        assert_eq!(name(0xffff_ffff_8200_0000), None, "too far");
+        let moved = symbols.moved(0x20_0000);
+        assert_eq!(moved.address("inner"), Some(0xffff_ffff_8120_0100));
+        assert_eq!(
+            moved.name(0xffff_ffff_8120_0101).as_deref(),
+            Some("inner+0x1")
+        );
+        assert_eq!(Symbols::parse(b"nothing"), None);
+        assert_eq!(Symbols::parse(b"\x7fELF"), None);
+    }
+
+    #[test]
+    fn an_elf_file_names_its_functions() {
+        let own = std::env::current_exe().unwrap();
+        let symbols = Symbols::read(&own).unwrap();
+        let main = symbols.address("main").unwrap();
+        assert_eq!(symbols.name(main + 1).as_deref(), Some("main+0x1"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn lies_do_not_panic(
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..300),
+            elf: bool, address: u64,
+        ) {
+            let head: &[u8] = if elf { b"\x7fELF\x02\x01\x01" } else { b"" };
+            if let Some(symbols) = Symbols::parse(&[head, &bytes].concat()) {
+                let _ = symbols.name(address);
+            }
+        }
+    }
+}
