@@ -19,10 +19,14 @@ use crate::error::Error;
 /// How vmmctl names itself as a lock's holder.
 pub const PROGRAM: &str = "vmmctl";
 
-/// How long to wait for what takes a moment only: another vmmctl's lock, a starting rhyve's socket.
+/// How long to wait for what takes a moment only: another vmmctl's lock.
 const MOMENT: Duration = Duration::from_secs(1);
 
+/// How long a rhyve may take to start: restoring a suspended machine takes seconds on a busy host.
+const STARTING: Duration = Duration::from_secs(10);
+
 const PAUSE: Duration = Duration::from_millis(2);
+
 /// How long a large memory may take to copy.
 const COPYING: Duration = Duration::from_secs(600);
 
@@ -163,7 +167,7 @@ pub trait VcpuAccess {
 ///
 /// There is no such VM, another program is changing it, or its rhyve does not answer.
 pub fn open<'a>(root: &'a Root, name: &VmName) -> Result<Box<dyn VcpuAccess + 'a>, Error> {
-    let deadline = Instant::now() + MOMENT;
+    let deadline = Instant::now() + STARTING;
     loop {
         let vm = Vm::open(root, name)?;
         match vm.holder()? {

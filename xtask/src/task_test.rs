@@ -2,7 +2,7 @@
 //! find.
 //!
 //! Test programs are built by Cargo and run here, each within a time limit, one at a time but for the
-//! nested lane ([`side_by_side`]). The name of an integration test says where it runs:
+//! nested lane, which takes them in pieces ([`Piece`]) and [`side_by_side`]. The name of an integration test says where it runs:
 //! `tests/host_*.rs` on any KVM, that is on this machine's /dev/kvm and in the nested lane;
 //! `tests/nested_*.rs` in the nested lane only (its tests are marked `#[ignore = "nested lane"]`, so
 //! that a plain `cargo test` leaves them alone); everything else without KVM. Ignored tests are always
@@ -220,8 +220,9 @@ impl Run {
         self.failures.push(format!("{what}: {why}"));
     }
 
-    /// The command that runs a test program in a lane.
-    fn command(&self, program: &Program, lane: Lane) -> Command {
+    /// The command that runs tests of a program in a lane.
+    fn command(&self, piece: &Piece, lane: Lane) -> Command {
+        let program = piece.program;
         let mut command;
         if lane == Lane::Nested {
             command = Command::new(&self.xtask);
@@ -237,8 +238,8 @@ impl Run {
         }
         command
             .arg(&program.executable)
-            .arg("--include-ignored")
             .args(choice(lane))
+            .args(piece.choice())
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package)
             .envs(self.tools.iter().map(|(name, path)| (name, path)));
@@ -257,8 +258,11 @@ impl Run {
         }
         // What takes longest begins first.
         chosen.sort_by_key(|program| !program.target.starts_with("nested_linux"));
-        let reports = self.reports(&chosen, lane)?;
-        for report in reports {
+        let mut pieces = Vec::new();
+        for program in chosen {
+            pieces.extend(Piece::of(program, lane)?);
+        }
+        for report in self.reports(&pieces, lane)? {
             self.passed += report.passed;
             self.failures.extend(report.failures);
         }
@@ -266,34 +270,101 @@ impl Run {
         Ok(())
     }
 
-    /// Runs test programs, [`side_by_side`] if the lane allows, and prints what each comes to.
-    fn reports(&self, programs: &[&Program], lane: Lane) -> io::Result<Vec<Report>> {
-        let queue = Mutex::new(programs.iter());
+    /// Runs tests, [`side_by_side`] if the lane allows, and prints what each piece comes to.
+    fn reports(&self, pieces: &[Piece], lane: Lane) -> io::Result<Vec<Report>> {
+        let queue = Mutex::new(pieces.iter());
         let (sender, receiver) = mpsc::channel();
         thread::scope(|scope| {
             for _ in 0..side_by_side(lane) {
                 let (queue, sender) = (&queue, sender.clone());
                 scope.spawn(move || {
                     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-                    while let Some(program) = next() {
+                    while let Some(piece) = next() {
                         let begun = Instant::now();
-                        let output = self.command(program, lane).output();
+                        let output = self.command(piece, lane).output();
                         // The receiver outlives this scope.
-                        let _ = sender.send((program, begun.elapsed(), output));
+                        let _ = sender.send((piece, begun.elapsed(), output));
                     }
                 });
             }
             drop(sender);
             receiver
                 .iter()
-                .map(|(program, time, output)| Ok(Report::new(program, time, &output?)))
+                .map(|(piece, time, output)| Ok(Report::new(piece, time, &output?)))
                 .collect()
         })
     }
 }
 
-/// How many of a lane's programs run at once: each program of the nested lane has a lane of its own, and
-/// two cores for two of them.
+/// Tests of one program that one command runs.
+struct Piece<'a> {
+    program: &'a Program,
+    /// The tests' names; empty for all.
+    tests: Vec<String>,
+    /// Which piece of how many.
+    part: (usize, usize),
+}
+
+impl std::fmt::Display for Piece<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (part, parts) = self.part;
+        write!(f, "{}", self.program)?;
+        match parts {
+            1 => Ok(()),
+            _ => write!(f, " ({part}/{parts})"),
+        }
+    }
+}
+
+impl<'a> Piece<'a> {
+    /// How many tests one lane of QEMU runs: few, so that the lanes are done at about the same time, but
+    /// not so few that starting lanes counts.
+    const TESTS: usize = 8;
+
+    /// A program's tests in the pieces for a lane.
+    fn of(program: &'a Program, lane: Lane) -> Result<Vec<Self>, String> {
+        if lane != Lane::Nested {
+            let (tests, part) = (Vec::new(), (1, 1));
+            return Ok(vec![Self {
+                program,
+                tests,
+                part,
+            }]);
+        }
+        let mut list = Command::new(&program.executable);
+        list.args(["--list", "--format=terse", "--include-ignored"]);
+        let output = list.output().map_err(|e| format!("{program}: {e}"))?;
+        let names = String::from_utf8_lossy(&output.stdout);
+        let names: Vec<&str> = names
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"))
+            .collect();
+        if names.is_empty() {
+            return Err(format!("{program} lists no tests"));
+        }
+        let pieces = names.chunks(Self::TESTS);
+        let parts = pieces.len();
+        Ok(pieces
+            .zip(1..)
+            .map(|(names, part)| Self {
+                program,
+                tests: names.iter().map(|name| (*name).to_owned()).collect(),
+                part: (part, parts),
+            })
+            .collect())
+    }
+
+    /// The arguments of libtest that choose these tests.
+    fn choice(&self) -> impl Iterator<Item = &str> {
+        let exact = (!self.tests.is_empty()).then_some("--exact");
+        exact
+            .into_iter()
+            .chain(self.tests.iter().map(|name| &**name))
+    }
+}
+
+/// How many of a lane's pieces run at once: each piece in the nested lane has a QEMU of its own, and two
+/// cores serve two of them.
 fn side_by_side(lane: Lane) -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     if lane == Lane::Nested {
@@ -307,8 +378,8 @@ fn side_by_side(lane: Lane) -> usize {
 /// has now and then stopped, having handled a fault with a guest's GS base instead of its own.
 fn choice(lane: Lane) -> &'static [&'static str] {
     match lane {
-        Lane::Nested => &["--test-threads=1"],
-        _ => &[],
+        Lane::Nested => &["--include-ignored", "--test-threads=1"],
+        _ => &["--include-ignored"],
     }
 }
 
@@ -331,14 +402,14 @@ struct Report {
 }
 
 impl Report {
-    fn new(program: &Program, time: Duration, output: &Output) -> Self {
+    fn new(piece: &Piece, time: Duration, output: &Output) -> Self {
         let seconds = time.as_secs_f32();
         let counts = Counts::read(&String::from_utf8_lossy(&output.stdout));
         let passed = counts.passed;
         let mut failures = counts.failed;
         if output.status.success() && counts.complete {
             if passed > 0 {
-                println!("   {program}: {passed} passed, {seconds:.1} s");
+                println!("   {piece}: {passed} passed, {seconds:.1} s");
             }
             failures.clear();
         } else {
@@ -349,8 +420,12 @@ impl Report {
                 failures.push(output.status.to_string());
             }
         }
+        let asked = piece.tests.len();
+        if asked > 0 && failures.is_empty() && passed != asked {
+            failures.push(format!("{passed} of {asked} tests ran"));
+        }
         for failure in &mut failures {
-            *failure = format!("{program}: {failure}");
+            *failure = format!("{piece}: {failure}");
             println!("   FAILED {failure}");
         }
         Self { passed, failures }

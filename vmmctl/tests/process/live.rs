@@ -192,6 +192,18 @@ fn who_else_works_on_a_vm_is_named() {
 }
 
 #[test]
+fn a_rhyve_that_takes_its_time_to_start_or_to_end_is_waited_for() {
+    let bench = Bench::new();
+    let ending = bench.object("guest0", "rhyve");
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(2));
+        drop(ending);
+    });
+    bench.ok("--vm=guest0 --get-rip");
+    ends.join().unwrap();
+}
+
+#[test]
 fn a_rhyve_without_a_socket_or_without_an_answer_is_one_error_in_bounded_time() {
     let bench = Bench::new();
     let _starting = bench.object("guest0", "rhyve");
@@ -201,7 +213,7 @@ fn a_rhyve_without_a_socket_or_without_an_answer_is_one_error_in_bounded_time() 
         error.starts_with("vmmctl: guest0 has no control socket"),
         "{error}"
     );
-    assert!(begin.elapsed() < Duration::from_secs(4));
+    assert!(begin.elapsed() < Duration::from_secs(20));
 
     let hanging = bench.object("guest1", "rhyve");
     let _silent = UnixListener::bind(hanging.control_path()).unwrap();
