@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase, Status};
@@ -18,6 +19,9 @@ use crate::firmware::{IOAPIC_BASE, LAPIC_BASE};
 use crate::machine::Machine;
 use crate::sequencer::{Cause, pinning};
 use crate::suspend::{SuspendHow, SuspendSink};
+
+/// How long one request may let the machine run: other clients wait meanwhile.
+const SLICE: Duration = Duration::from_millis(500);
 
 impl ControlTarget for Machine {
     fn status(&self) -> Status {
@@ -107,6 +111,15 @@ impl ControlTarget for Machine {
 
     fn snapshot(&self, name: &str) -> Result<(), Refusal> {
         self.snapshot_as(name)
+    }
+
+    fn step(&self, vcpu: u32) -> Result<(), Refusal> {
+        self.step_one(vcpu)
+    }
+
+    fn run_until(&self, address: u64, ms: u32) -> Result<Option<u32>, Refusal> {
+        let patience = Duration::from_millis(ms.into()).min(SLICE);
+        Machine::run_until(self, address, patience)
     }
 
     fn resume(&self) -> Result<(), Refusal> {
@@ -264,7 +277,6 @@ impl ControlTarget for Machine {
     }
 }
 
-/// What KVM itself puts into guest-physical space, where the MPtable and the MADT say it is.
 /// What is in a slot, as `-s` says it, among all of its kind.
 fn at<'a, D>(devices: &'a [(PciAddress, D)], slot: &str, kind: &str) -> Result<&'a D, Refusal> {
     let address: PciAddress = slot
@@ -278,6 +290,7 @@ fn at<'a, D>(devices: &'a [(PciAddress, D)], slot: &str, kind: &str) -> Result<&
     })
 }
 
+/// What KVM itself puts into guest-physical space, where the MPtable and the MADT say it is.
 fn kvm_devices() -> [Region; 2] {
     [
         Region::device("ioapic", IOAPIC_BASE.into(), 0x1000),

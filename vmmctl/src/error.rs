@@ -129,6 +129,29 @@ pub enum Error {
         /// Why not.
         source: SymbolError,
     },
+    /// The kernel has nothing of this name.
+    #[error(
+        "{vm}: its kernel has nothing called {name}: see /proc/kallsyms there, or give an address"
+    )]
+    NoSymbol {
+        /// The VM.
+        vm: VmName,
+        /// What was asked for.
+        name: String,
+    },
+    /// A signal came before a vCPU was where it was waited for.
+    #[error("{vm}: interrupted before a vCPU came to {place}; the VM is {phase}, as before")]
+    Interrupted {
+        /// The VM.
+        vm: VmName,
+        /// Where it should have come.
+        place: String,
+        /// What it does now.
+        phase: &'static str,
+    },
+    /// Signals cannot be waited for.
+    #[error("signals cannot be blocked")]
+    Signals(#[source] nix::errno::Errno),
     /// There is no core file.
     #[error("{vm}: {}", path.display())]
     Core {

@@ -17,6 +17,7 @@ pub mod list;
 pub mod look;
 pub mod number;
 pub mod output;
+pub mod stepping;
 pub mod target;
 pub mod top;
 pub mod work;

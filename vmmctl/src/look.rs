@@ -68,6 +68,27 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
     }
 }
 
+/// Shows the instruction that a vCPU executes next.
+///
+/// # Errors
+///
+/// It cannot be read.
+pub fn instruction(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    vcpu: u32,
+    output: &mut Output,
+) -> Result<Value, Error> {
+    let view = View {
+        work,
+        registers: access.registers(vcpu)?,
+        memory: access.open_memory()?,
+    };
+    let next = Place::Linear(pagewalk::linear_rip(&view.registers));
+    let lines = view.disassemble(next, 1, output)?;
+    Ok(lines.get(0).cloned().unwrap_or_default())
+}
+
 /// Does something while no vCPU runs, so that memory and registers are of one moment.
 fn held(
     access: &mut dyn VcpuAccess,

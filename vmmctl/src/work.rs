@@ -18,6 +18,7 @@ use crate::error::{Error, Status};
 use crate::exits;
 use crate::look;
 use crate::output::Output;
+use crate::stepping;
 use crate::target::{self, VcpuAccess};
 
 /// How long a VM may take to end by force: its last state is stored meanwhile.
@@ -48,6 +49,8 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         || work.balloon.is_some()
         || work.disk.is_some()
         || work.link.is_some()
+        || work.until.is_some()
+        || work.step.is_some()
         || work.reset_stats
         || events
         || work.resume
@@ -77,6 +80,14 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         if let Some(Link { slot, up }) = &work.link {
             access.live()?.set_link(slot, *up)?;
             output.done("set-link");
+        }
+        if let Some(place) = &work.until {
+            stepping::until(&mut *access, work, place, output)?;
+            output.done("until");
+        }
+        if let Some(count) = work.step {
+            stepping::step(&mut *access, work, count, output)?;
+            output.done("step");
         }
         output.field("phase", access.phase()?);
         get(&mut *access, work, output)?;

@@ -69,6 +69,8 @@ enum Target {
     Vsock,
     /// virtio-9p's requests
     P9,
+    /// A debugger's packets
+    Gdb,
 }
 
 impl Target {
@@ -91,6 +93,7 @@ impl Target {
             Target::Balloon => "balloon",
             Target::Vsock => "vsock",
             Target::P9 => "p9",
+            Target::Gdb => "gdb",
         }
     }
 
@@ -108,7 +111,7 @@ impl Target {
             Target::Ufs => 70_000,
             // Some more than the longest line that is read.
             Target::Control => 70_000,
-            Target::Stats | Target::Virtio | Target::P9 => 2048,
+            Target::Stats | Target::Virtio | Target::P9 | Target::Gdb => 2048,
             Target::Net | Target::Console | Target::Balloon | Target::Vsock => 8 + 8 * 64,
             Target::Options => 512,
         }

@@ -2,9 +2,11 @@
 //!
 //! A vCPU that comes out of the guest at a breakpoint, watchpoint or step tells the [`Debugger`] and
 //! waits. The server's thread ([`server`]) then holds the whole machine and tells gdb, whose packets
-//! gdbstub parses into calls of `target::GuestTarget`: registers (`registers`), memory by the
+//! gdbstub parses into calls of [`target::GuestTarget`]: registers ([`registers`]), memory by the
 //! vCPU's page tables, breakpoints (`points`). What a debugger's bytes can do is stop and change the
 //! guest; they cannot stop the monitor.
+//!
+//! `vmmctl`'s steps and breakpoints (`stepping`) need no server; they and a debugger exclude each other.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,10 +18,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::sequencer::Mailbox;
 
 mod points;
-mod registers;
+pub mod registers;
 pub mod server;
-mod session;
-mod target;
+pub mod session;
+mod stepping;
+pub mod target;
 
 /// A vCPU stopped for the debugger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub struct Debugger {
     vcpus: Vec<Arc<Mailbox>>,
     attached: AtomicBool,
     holding: AtomicBool,
+    /// Held by whoever debugs: a debugger for as long as it is connected, or a single step.
+    seat: Mutex<()>,
     stops: Mutex<VecDeque<Stop>>,
     event: EventFd,
 }
@@ -55,6 +60,7 @@ impl Debugger {
             vcpus,
             attached: AtomicBool::new(false),
             holding: AtomicBool::new(false),
+            seat: Mutex::default(),
             stops: Mutex::default(),
             event: EventFd::from_flags(flags)?,
         }))
@@ -86,7 +92,7 @@ impl Debugger {
     }
 
     /// A debugger has come, or left.
-    fn set_attached(&self, attached: bool) {
+    pub fn set_attached(&self, attached: bool) {
         self.attached.store(attached, SeqCst);
         if !attached {
             self.stops().clear();

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -158,6 +158,8 @@ impl Server {
     /// From the machine's stop when a debugger comes to its going on when that leaves.
     fn session(&self, wire: Wire) -> Leaving {
         let debugger = &self.machine.debugger;
+        // A step of vmmctl's is over in a moment.
+        let _seat = debugger.seat.lock().unwrap_or_else(PoisonError::into_inner);
         let inferior = MachineInferior {
             machine: &self.machine,
             ram: &self.ram,

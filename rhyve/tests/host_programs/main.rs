@@ -20,5 +20,6 @@ mod looks;
 mod memory;
 mod refusals;
 mod reports;
+mod steps;
 mod suspends;
 mod terminal;

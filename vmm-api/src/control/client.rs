@@ -286,6 +286,28 @@ impl Client {
         self.done(Request::Resume)
     }
 
+    /// Has one vCPU execute one instruction; the machine is paused afterwards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn step(&mut self, vcpu: u32) -> Result<(), ClientError> {
+        self.done(Request::Step { vcpu })
+    }
+
+    /// Lets it run until a vCPU comes to this linear address, for `ms` milliseconds at most: which one.
+    /// The machine is paused afterwards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn run_until(&mut self, address: u64, ms: u32) -> Result<Option<u32>, ClientError> {
+        self.expect(Request::RunUntil { address, ms }, |r| match r {
+            Reply::Reached { vcpu } => Some(vcpu),
+            _ => None,
+        })
+    }
+
     /// Ends it in the middle, to be run again from there.
     ///
     /// # Errors

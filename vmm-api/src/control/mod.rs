@@ -95,6 +95,28 @@ pub trait ControlTarget: Send + Sync {
     /// The machine is ending.
     fn resume(&self) -> Result<(), Refusal>;
 
+    /// Has one vCPU execute one instruction while the others wait. The machine is paused afterwards.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, it executes nothing, or the machine cannot be debugged.
+    fn step(&self, vcpu: u32) -> Result<(), Refusal> {
+        Err(unsupported("a step of", vcpu))
+    }
+
+    /// Lets the machine run until a vCPU is about to execute what is at this linear address, for `ms`
+    /// milliseconds at most: which one, or none so far. The machine is paused afterwards.
+    ///
+    /// # Errors
+    ///
+    /// The machine is ending, or cannot be debugged.
+    fn run_until(&self, address: u64, ms: u32) -> Result<Option<u32>, Refusal> {
+        let _ = ms;
+        Err(Refusal::Unsupported(format!(
+            "a breakpoint at {address:#x}"
+        )))
+    }
+
     /// Ends the machine in the middle, with all of it stored, to be run again from there. When it
     /// returns the state is settled; that it is stored shows in the lock.
     ///

@@ -97,6 +97,19 @@ pub enum Request {
     Pause,
     /// Go on.
     Resume,
+    /// Have one vCPU execute one instruction; the machine is paused afterwards.
+    Step {
+        /// Its index.
+        vcpu: u32,
+    },
+    /// Run until a vCPU comes to an instruction; the machine is paused afterwards.
+    RunUntil {
+        /// Linear address of the instruction.
+        #[serde(with = "hex")]
+        address: u64,
+        /// Milliseconds at most.
+        ms: u32,
+    },
     /// End in the middle, with the whole machine stored.
     Suspend,
     /// Write what a clone's memory holds to its file.
@@ -303,6 +316,11 @@ pub enum Reply {
     Status(Status),
     /// To [`Request::Registers`].
     Registers(Box<Registers>),
+    /// To [`Request::RunUntil`].
+    Reached {
+        /// The vCPU that is there; none if time was over before.
+        vcpu: Option<u32>,
+    },
     /// To [`Request::VcpuStats`].
     VcpuStats(VcpuStats),
     /// To [`Request::VmStats`].

@@ -417,6 +417,10 @@ pub fn answer(target: &dyn ControlTarget, line: &[u8]) -> Answer {
         Request::ResetStats => target.reset_stats().map(done),
         Request::Pause => target.pause().map(done),
         Request::Resume => target.resume().map(done),
+        Request::Step { vcpu } => target.step(vcpu).map(done),
+        Request::RunUntil { address, ms } => target
+            .run_until(address, ms)
+            .map(|vcpu| Reply::Reached { vcpu }),
         Request::Suspend => target.suspend().map(done),
         Request::Settle => target.settle().map(done),
         Request::Snapshot { name } => target.snapshot(&name).map(done),

@@ -31,7 +31,8 @@ Registers and descriptors of vCPU --cpu:
 Order:
   Options may be combined, in any order. What they say is done in this one, and ends at the first
   failure: create, set memory, pause, set registers and descriptors, set pinning, x2APIC mode,
-  capability and CMOS, get, inject, resume, end (power button, reset or power-off), run, destroy.
+  capability and CMOS, run until, step, get, inject, snapshot, resume, end (power button, reset,
+  power-off or suspend), clone, run, destroy.
 
 Output:
   name[cpu]<tab>VALUE                        a register
@@ -49,6 +50,7 @@ Examples:
   vmmctl --vm=guest0 --create --set-lowmem=256
   vmmctl --vm=guest0 --cpu=1 --set-pinning=0 --get-pinning --get-intinfo
   vmmctl --vm=guest0 --disasm --x/16xg 0xffffffff81000000 --core guest0.core
+  vmmctl --vm=guest0 --until=do_sys_openat2 --bt --step=3 --resume
   vmmctl --vm=guest0 --force-poweroff --destroy
 
 VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.

@@ -17,9 +17,11 @@ mod detail;
 mod help;
 mod look;
 mod names;
+mod until;
 
 pub use detail::{Detail, Sets, Show};
 pub use look::{Format, Letter, Looks, Place, Syntax, split_format};
+pub use until::Until;
 
 use help::details;
 use names::{DESCRIPTORS, REGISTERS, UNAVAILABLE_GETS, UNAVAILABLE_SETS};
@@ -77,6 +79,10 @@ pub struct Work {
     pub link: Option<Link>,
     /// Disk to resize.
     pub disk: Option<Disk>,
+    /// Where it is to be led.
+    pub until: Option<Until>,
+    /// How many instructions vCPU `cpu` is to execute.
+    pub step: Option<u32>,
     /// What is to be shown.
     pub gets: Gets,
     /// Options that set what KVM does not show.
@@ -320,6 +326,21 @@ impl CommandFactory for Cli {
             .arg(flag("reset-stats", CONTROL, "Count exits, times and accesses from 0 again; KVM's own statistics go on"))
             .arg(flag("run", CONTROL, "Run it here, by rhyve NAME"))
             .arg(flag("pause", CONTROL, "Hold its vCPUs"))
+            .arg(
+                value("until", clap::value_parser!(Until))
+                    .value_name("SYMBOL|ADDR")
+                    .help_heading(CONTROL)
+                    .help("Let it run until a vCPU comes to this function of its kernel, SYMBOL+OFFSET or linear address; then it is paused"),
+            )
+            .arg(
+                value("step", clap::value_parser!(u32).range(1..=65_536))
+                    .value_name("N")
+                    .num_args(0..=1)
+                    .require_equals(true)
+                    .default_missing_value("1")
+                    .help_heading(CONTROL)
+                    .help("Have vCPU --cpu execute one instruction, or N, while the others wait, and show each and the next; then it is paused"),
+            )
             .arg(flag("resume", CONTROL, "Let its vCPUs go on"))
             .arg(flag("inject-nmi", CONTROL, "Inject a non-maskable interrupt into vCPU --cpu"))
             .arg(
@@ -477,6 +498,8 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         balloon: size("set-balloon"),
         disk: matches.get_one("set-disk").cloned(),
         link: matches.get_one("set-link").cloned(),
+        until: matches.get_one("until").cloned(),
+        step: short("step"),
         snapshot: matches.get_one("snapshot").cloned(),
         clone: matches.get_one("clone").cloned(),
         gets: Gets {
@@ -611,6 +634,10 @@ mod tests {
             "--vm=a --rtc-nvram-offset=14 --get-all",
             "--vm=a --set-pinning=-2",
             "--vm=a --assert-lapic-lvt=7",
+            "--vm=a --step=0",
+            "--vm=a --step=many",
+            "--vm=a --until=",
+            "--vm=a --until=panic+",
             "guest0",
         ] {
             let error = parse(line).unwrap_err().to_string();

@@ -242,6 +242,23 @@ impl ControlTarget for Machine {
         self.say("resume")
     }
 
+    fn step(&self, vcpu: u32) -> Result<(), Refusal> {
+        let mut registers = self.registers(vcpu)?;
+        registers.rip = registers.rip.wrapping_add(1);
+        let mut inner = self.inner.lock().unwrap();
+        inner.vcpus[vcpu as usize] = registers;
+        inner.phase = RunPhase::Paused;
+        Ok(())
+    }
+
+    fn run_until(&self, address: u64, _: u32) -> Result<Option<u32>, Refusal> {
+        let mut inner = self.inner.lock().unwrap();
+        inner.vcpus[1].rip = address;
+        inner.vcpus[1].cs.base = 0;
+        inner.phase = RunPhase::Paused;
+        Ok(Some(1))
+    }
+
     fn stop(&self) -> Result<(), Refusal> {
         self.end("stop")
     }

@@ -13,6 +13,7 @@ pub mod balloon;
 pub mod console;
 pub mod control;
 pub mod fat;
+pub mod gdb;
 pub mod guest;
 pub mod kernel;
 pub mod loader_conf;

@@ -1,0 +1,122 @@
+//! A guest is led by vmmctl: instruction by instruction, and to a place.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::guests::{ask, start_probe};
+use crate::support::{Place, Process};
+
+fn rip(place: &Place, vcpu: u32) -> u64 {
+    let line = place.ok(&format!("vmmctl --vm=guest0 --cpu={vcpu} --get-rip"));
+    let value = line.trim().split("0x").nth(1).unwrap();
+    u64::from_str_radix(value, 16).unwrap()
+}
+
+/// The addresses that lines of instructions begin with.
+fn addresses(shown: &str) -> Vec<u64> {
+    let lines = shown.lines().filter_map(|line| line.strip_prefix("=> 0x"));
+    let digits = lines.map(|rest| rest.split(':').next().unwrap());
+    digits
+        .map(|digits| u64::from_str_radix(digits, 16).unwrap())
+        .collect()
+}
+
+#[test]
+fn one_vcpu_steps_while_the_others_wait() {
+    let place = Place::new();
+    let (mut guest, _) = start_probe(&place, "-c 2");
+    // A loop, until a key is hit.
+    guest.console.send("spin");
+    guest.console.expect("spin");
+    let shown = place.ok("vmmctl --vm=guest0 --step=3");
+    let steps = addresses(&shown);
+    assert_eq!(steps.len(), 4, "{shown}");
+    assert!(steps.windows(2).all(|two| two[0] != two[1]), "{shown}");
+    assert!(shown.lines().all(|line| line.starts_with("=> ")), "{shown}");
+    assert!(place.ok("vmmctl --list").contains("paused"));
+    assert_eq!(rip(&place, 0), steps[3]);
+    let other = rip(&place, 1);
+    let shown = place.ok("vmmctl --vm=guest0 --step --json");
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown["step"].as_array().unwrap().len(), 2, "{shown}");
+    assert_eq!(rip(&place, 1), other);
+    // One that waits has no next instruction; it is as it was.
+    let waits = place.run("vmmctl --vm=guest0 --cpu=1 --step=5");
+    assert_eq!(waits.status, Some(1), "{waits:?}");
+    assert!(waits.errors.contains("vCPU 1 waits"), "{waits:?}");
+    let none = place.run("vmmctl --vm=guest0 --cpu=2 --step");
+    assert!(none.errors.contains("no vCPU 2"), "{none:?}");
+    place.ok("vmmctl --vm=guest0 --resume");
+    guest.console.send("");
+    guest.console.expect("probe> ");
+    assert_eq!(ask(&mut guest, "echo on"), "on\r\n");
+    assert_eq!(ask(&mut guest, "smp"), ask(&mut guest, "smp"));
+}
+
+#[test]
+fn a_guest_runs_until_it_comes_to_a_place() {
+    let place = Place::new();
+    let socket = place.path("gdb");
+    let (mut guest, _) = start_probe(&place, &format!("-c 2 -G unix:{}", socket.display()));
+    // It is halted; there it goes on once a key is hit: by the name that the loaded kernel has for it.
+    let trace = place.ok("vmmctl --vm=guest0 --bt");
+    let halted = trace.lines().find(|line| line.starts_with("#0")).unwrap();
+    let name = halted.split_whitespace().last().unwrap();
+    let start = |to: &str| {
+        let command = format!("vmmctl --vm=guest0 --until={to} --get-rip --bt");
+        Process::start(place.command(&command))
+    };
+    let mut leads = start(name);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(leads.is_running(), "{:?}", leads.wait());
+    guest.console.send("echo one");
+    let there = leads.wait();
+    assert_eq!(there.status, Some(0), "{there:?}");
+    assert!(there.output.starts_with("vcpu0:\n=> "), "{there:?}");
+    let here = addresses(&there.output)[0];
+    assert_eq!(rip(&place, 0), here);
+    assert!(place.ok("vmmctl --list").contains("paused"));
+    // It leaves the place first, and comes there again for another key.
+    let mut leads = start(&format!("{here:#x}"));
+    guest.console.expect("one\r\nprobe> ");
+    guest.console.send("echo two");
+    let again = leads.wait();
+    assert_eq!(again.status, Some(0), "{again:?}");
+    assert_eq!(addresses(&again.output)[0], here);
+    place.ok("vmmctl --vm=guest0 --resume");
+    guest.console.expect("two\r\nprobe> ");
+
+    // Nobody comes there: whoever has enough of waiting leaves the guest as it was.
+    let mut waits = start("0x1234567");
+    std::thread::sleep(Duration::from_millis(500));
+    waits.signal(Signal::SIGINT);
+    let left = waits.wait();
+    assert_eq!(left.status, Some(1), "{left:?}");
+    assert!(left.errors.contains("interrupted"), "{left:?}");
+    assert_eq!(ask(&mut guest, "echo on"), "on\r\n");
+    let nothing = place.run("vmmctl --vm=guest0 --until=no_such_function");
+    assert_eq!(nothing.status, Some(1), "{nothing:?}");
+    assert!(nothing.errors.contains("no_such_function"), "{nothing:?}");
+
+    // A debugger is not disturbed.
+    let wire = UnixStream::connect(&socket).unwrap();
+    crate::support::until("the debugger's stop", || {
+        place.ok("vmmctl --list").contains("paused")
+    });
+    for option in ["--step", "--until=0x1000"] {
+        let refused = place.run(&format!("vmmctl --vm=guest0 {option}"));
+        assert_eq!(refused.status, Some(1), "{refused:?}");
+        assert!(refused.errors.contains("debugger"), "{refused:?}");
+    }
+    drop(wire);
+    assert_eq!(ask(&mut guest, "echo again"), "again\r\n");
+    // A guest that ends on its way does not come there.
+    let mut leads = start("0x1234567");
+    std::thread::sleep(Duration::from_millis(300));
+    guest.console.send("poweroff");
+    let ended = leads.wait();
+    assert_eq!(ended.status, Some(1), "{ended:?}");
+    assert_eq!(guest.wait().status, Some(1));
+}

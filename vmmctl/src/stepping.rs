@@ -1,0 +1,139 @@
+//! `--until` and `--step`: a VM that runs is led to a place, instruction by instruction.
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use serde_json::json;
+use vmm_api::control::{ClientError, Refusal, RunPhase};
+use vmm_api::guest::SymbolError;
+use vmm_api::pagewalk;
+
+use crate::cli::{Until, Work};
+use crate::error::Error;
+use crate::look;
+use crate::output::{Output, hex};
+use crate::target::VcpuAccess;
+
+/// How long the VM runs between two looks at whether this is to go on: other clients wait meanwhile.
+const SLICE_MS: u32 = 200;
+
+/// Lets all vCPUs run until one comes to a place, and shows it. The VM is paused afterwards.
+///
+/// # Errors
+///
+/// The VM does not run or ends, nobody knows where the place is, or a signal came first: then the VM is
+/// as it was, running or paused.
+pub fn until(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    place: &Until,
+    output: &mut Output,
+) -> Result<(), Error> {
+    let was = access.live()?.status()?.phase;
+    let address = find(access, work, place)?;
+    let interrupt = Interrupt::new()?;
+    // It is there already: that is what it leaves, not what it comes to.
+    access.live()?.pause()?;
+    for vcpu in 0..access.vcpus()? {
+        if pagewalk::linear_rip(&access.registers(vcpu)?) == address {
+            match access.live()?.step(vcpu) {
+                // One that is halted there does come to it, once it is woken.
+                Ok(())
+                | Err(ClientError::Refused {
+                    refusal: Refusal::Failed(_),
+                    ..
+                }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    let vcpu = loop {
+        if let Some(vcpu) = access.live()?.run_until(address, SLICE_MS)? {
+            break vcpu;
+        }
+        if interrupt.came() {
+            if was == RunPhase::Running {
+                access.live()?.resume()?;
+            }
+            return Err(Error::Interrupted {
+                vm: work.vm.clone(),
+                place: place.to_string(),
+                phase: was.word(),
+            });
+        }
+    };
+    output.line(&format!("vcpu{vcpu}:"));
+    look::instruction(access, work, vcpu, output)?;
+    output.field("until", json!({ "vcpu": vcpu, "address": hex(address) }));
+    Ok(())
+}
+
+/// Where a place is.
+fn find(access: &mut dyn VcpuAccess, work: &Work, place: &Until) -> Result<u64, Error> {
+    let (name, offset) = match place {
+        Until::Address(address) => return Ok(*address),
+        Until::Symbol { name, offset } => (name, *offset),
+    };
+    let kernel = look::named(access, work)?.ok_or_else(|| Error::Symbols {
+        vm: work.vm.clone(),
+        source: SymbolError::Nowhere,
+    })?;
+    let address = kernel.symbols.address(name);
+    let address = address.ok_or_else(|| Error::NoSymbol {
+        vm: work.vm.clone(),
+        name: name.clone(),
+    })?;
+    Ok(address.wrapping_add(offset))
+}
+
+/// Has a vCPU execute instructions one by one while the others wait, and shows each, and the one that
+/// would be next. The VM is paused afterwards.
+///
+/// # Errors
+///
+/// The VM does not run, or the vCPU executes nothing.
+pub fn step(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    count: u32,
+    output: &mut Output,
+) -> Result<(), Error> {
+    access.live()?.pause()?;
+    let mut shown = Vec::new();
+    for _ in 0..count {
+        shown.push(look::instruction(access, work, work.cpu, output)?);
+        access.live()?.step(work.cpu)?;
+    }
+    shown.push(look::instruction(access, work, work.cpu, output)?);
+    output.field("step", shown);
+    Ok(())
+}
+
+/// Whether somebody wants this program to end. While this exists, it does not by itself.
+struct Interrupt {
+    signals: SigSet,
+    fd: SignalFd,
+}
+
+impl Interrupt {
+    fn new() -> Result<Self, Error> {
+        let mut signals = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            signals.add(signal);
+        }
+        signals.thread_block().map_err(Error::Signals)?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let fd = SignalFd::with_flags(&signals, flags).map_err(Error::Signals)?;
+        Ok(Self { signals, fd })
+    }
+
+    fn came(&self) -> bool {
+        matches!(self.fd.read_signal(), Ok(Some(_)))
+    }
+}
+
+impl Drop for Interrupt {
+    fn drop(&mut self) {
+        // It was possible to block them.
+        let _ = self.signals.thread_unblock();
+    }
+}
