@@ -113,6 +113,16 @@ impl ControlTarget for Machine {
         self.snapshot_as(name)
     }
 
+    fn suspend_cpu(&self, vcpu: u32) -> Result<(), Refusal> {
+        self.hold_one(vcpu)
+    }
+
+    fn resume_cpu(&self, vcpu: u32) -> Result<(), Refusal> {
+        self.seat(vcpu)?;
+        self.no_debugger()?;
+        self.resume_some(|one| one == vcpu)
+    }
+
     fn step(&self, vcpu: u32) -> Result<(), Refusal> {
         self.step_one(vcpu)
     }
@@ -123,10 +133,7 @@ impl ControlTarget for Machine {
     }
 
     fn resume(&self) -> Result<(), Refusal> {
-        if self.debugger.is_holding() {
-            let why = "a debugger has stopped it: continue there, or detach";
-            return Err(Refusal::Unsupported(why.into()));
-        }
+        self.no_debugger()?;
         Machine::resume(self)
     }
 
@@ -172,15 +179,13 @@ impl ControlTarget for Machine {
                 active.insert(vcpu);
             }
         }
-        let held = self.is_paused();
+        let seats = (0..).zip(&self.seats);
+        let held = seats.filter(|(_, seat)| seat.mailbox.is_on_hold());
+        let held: BTreeSet<u32> = held.map(|(vcpu, _)| vcpu).collect();
         Ok(MachineDetail {
             topology: self.topology,
             max_vcpus: u32::try_from(self.max_vcpus).ok(),
-            suspended: if held {
-                active.clone()
-            } else {
-                BTreeSet::new()
-            },
+            suspended: active.intersection(&held).copied().collect(),
             active,
             memory_map: MemoryMap::new(self.layout, self.wired, &kvm_devices()),
         })
@@ -274,6 +279,17 @@ impl ControlTarget for Machine {
         }
         let why = format!("CMOS offset {offset} is not memory: that is 14 to 127, but for 50");
         Err(Refusal::Unsupported(why))
+    }
+}
+
+impl Machine {
+    /// Refuses to let the machine go on while a debugger has it stopped.
+    fn no_debugger(&self) -> Result<(), Refusal> {
+        if self.debugger.is_holding() {
+            let why = "a debugger has stopped it: continue there, or detach";
+            return Err(Refusal::Unsupported(why.into()));
+        }
+        Ok(())
     }
 }
 

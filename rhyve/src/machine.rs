@@ -203,6 +203,22 @@ impl Machine {
         Ok(())
     }
 
+    /// Holds one vCPU; returns once it is not in the guest.
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, it does not come out, or the machine is ending.
+    pub fn hold_one(&self, vcpu: u32) -> Result<(), Refusal> {
+        let mailbox = &self.seat(vcpu)?.mailbox;
+        self.alive()?;
+        mailbox.hold();
+        if mailbox.wait_held() {
+            Ok(())
+        } else {
+            Err(Refusal::Timeout { vcpu })
+        }
+    }
+
     /// Holds every vCPU, whether the machine is ending or not.
     ///
     /// # Errors

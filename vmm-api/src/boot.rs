@@ -17,6 +17,11 @@ pub const LONG_MODE_GDT: [u64; 3] = [0, 0x0020_9800_0000_0000, 0x0000_9000_0000_
 /// The limit that goes with [`LONG_MODE_GDT`].
 pub const LONG_MODE_GDT_LIMIT: u16 = 0x17;
 
+/// Where the TSS is, beyond the GDT of [`i386_gdt`], in bytes.
+const I386_TSS_OFFSET: u32 = 0x1000;
+/// A 386 TSS has 104 bytes.
+const I386_TSS_LIMIT: u16 = 103;
+
 /// Where rhyve puts the ACPI RSDP, as in bhyve: a boot protocol may name it (PVH).
 pub const RSDP_BASE: u64 = 0xf_2400;
 
@@ -72,6 +77,50 @@ pub fn setup_freebsd_registers(rip: u64, cr3: u64, gdtbase: u64, rsp: u64) -> Re
     Registers {
         rsp,
         ..long_mode(rip, cr3, gdt, 0x08, 0x10)
+    }
+}
+
+/// The GDT that [`setup_freebsd_registers_i386`] points to, for memory at `gdtbase`: null, flat 32-bit
+/// code and data, and the TSS one page above (FreeBSD's libvmmapi, vmmapi_freebsd.c).
+pub fn i386_gdt(gdtbase: u32) -> [u64; 4] {
+    let base = u64::from(gdtbase.wrapping_add(I386_TSS_OFFSET));
+    let limit = u64::from(I386_TSS_LIMIT);
+    let tss = limit | (base & 0xff_ffff) << 16 | 0x89 << 40 | (base >> 24) << 56;
+    [0, 0x00cf_9a00_0000_ffff, 0x00cf_9200_0000_ffff, tss]
+}
+
+/// libvmmapi's vm_setup_freebsd_registers_i386: 32-bit protected mode without paging at `eip`, the GDT
+/// ([`i386_gdt`]) at `gdtbase`, the stack at `esp`.
+pub fn setup_freebsd_registers_i386(eip: u32, gdtbase: u32, esp: u32) -> Registers {
+    let data = flat(0x10, 0xc093);
+    Registers {
+        cr0: CR0_NE | CR0_ET | CR0_PE,
+        rip: eip.into(),
+        rsp: esp.into(),
+        rdx: 0,
+        cs: flat(0x08, 0xc09b),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: Segment {
+            selector: 0x18,
+            base: gdtbase.wrapping_add(I386_TSS_OFFSET).into(),
+            limit: I386_TSS_LIMIT.into(),
+            access: Access(0x8b),
+        },
+        ldtr: Segment {
+            selector: 0,
+            base: 0,
+            limit: 0,
+            access: Access(0x1_0082),
+        },
+        gdtr: Table {
+            base: gdtbase.into(),
+            limit: 0x1f,
+        },
+        ..Registers::reset()
     }
 }
 
@@ -136,6 +185,28 @@ mod tests {
             (0x1000, 0x2000, 0x5000)
         );
         assert_eq!((regs.rflags, regs.rdx), (2, 0));
+    }
+
+    #[test]
+    fn i386_segments_are_what_their_gdt_says() {
+        let regs = setup_freebsd_registers_i386(0x10_0000, 0x12_3000, 0x9000);
+        let gdt = i386_gdt(0x12_3000);
+        for (segment, kind) in [(regs.cs, 0b1010), (regs.ss, 0b0010), (regs.tr, 0b1001)] {
+            let entry = gdt[usize::from(segment.selector / 8)];
+            let base = (entry >> 16 & 0xff_ffff) | (entry >> 56) << 24;
+            let limit = (entry & 0xffff) | (entry >> 48 & 0xf) << 16;
+            let limit = if entry >> 55 & 1 == 1 {
+                limit << 12 | 0xfff
+            } else {
+                limit
+            };
+            assert_eq!((base, limit), (segment.base, segment.limit.into()));
+            assert_eq!(entry >> 40 & 0b1110, kind & 0b1110, "type");
+            assert_eq!(entry >> 54 & 1, u64::from(segment.access.bit(14)), "D");
+        }
+        assert_eq!((regs.cr0, regs.cr4, regs.efer), (0x31, 0, 0));
+        assert_eq!((regs.rip, regs.rsp, regs.rflags), (0x10_0000, 0x9000, 2));
+        assert_eq!(usize::from(regs.gdtr.limit) + 1, 8 * gdt.len());
     }
 
     #[test]

@@ -77,6 +77,11 @@ pub enum Error {
     /// Asked for something that KVM does not show. The names are the options'.
     #[error("not available through KVM, which shows no field of a VMCS or VMCB: {}", .0.join(" "))]
     Unavailable(Vec<String>),
+    /// Asked for a device of the host's.
+    #[error(
+        "rhyve hands no PCI device of the host's to a guest: on Linux that is VFIO's, see driverctl(8)"
+    )]
+    Passthru,
     /// This machine's KVM, or this VM so far, has nothing to tell.
     #[error("{vm}: {option} is not available through this machine's KVM, or not yet")]
     Unknown {
@@ -191,6 +196,7 @@ impl Error {
     pub fn status(&self) -> Status {
         match self {
             Self::Unavailable(_)
+            | Self::Passthru
             | Self::Unknown { .. }
             | Self::Capability { .. }
             | Self::Register {

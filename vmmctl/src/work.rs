@@ -33,6 +33,9 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
     if !work.unavailable_sets.is_empty() {
         return Err(Error::Unavailable(work.unavailable_sets.clone()));
     }
+    if work.passthru {
+        return Err(Error::Passthru);
+    }
     let root = Root::open()?;
     output.field("vm", work.vm.as_str());
     if work.create {
@@ -112,17 +115,26 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
             access.live()?.resume()?;
             output.done("resume");
         }
-        if let Some(end) = work.end {
+        if let Some(end) = &work.end {
+            if let End::Suspend(Some(name)) = end {
+                // What it does after that would be lost.
+                access.live()?.pause()?;
+                if let Err(error) = access.snapshot(name) {
+                    access.live()?.resume()?;
+                    return Err(error);
+                }
+            }
             let client = access.live()?;
             let step = match end {
                 End::PowerButton => client.power_button().map(|()| "power-button"),
                 End::Reset => client.reset().map(|()| "force-reset"),
                 End::PowerOff => client.stop().map(|()| "force-poweroff"),
-                End::Suspend => client.suspend().map(|()| "suspend"),
+                End::Suspend(None) => client.suspend().map(|()| "suspend"),
+                End::Suspend(Some(_)) => client.stop().map(|()| "suspend"),
             };
             let step = step?;
             drop(access);
-            if end != End::PowerButton {
+            if *end != End::PowerButton {
                 target::wait_for_end(&root, &work.vm, END_WAIT)?;
             }
             output.done(step);

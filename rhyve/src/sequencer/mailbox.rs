@@ -125,6 +125,11 @@ impl Mailbox {
         self.note(|notes| notes.hold = true);
     }
 
+    /// Whether it was asked to stay out.
+    pub fn is_on_hold(&self) -> bool {
+        self.lock().hold
+    }
+
     /// Waits until the vCPU is out of the guest; false if it does not come.
     pub fn wait_held(&self) -> bool {
         let end = Instant::now() + PATIENCE;

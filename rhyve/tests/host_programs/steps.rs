@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use vmm_api::control::Client;
 
 use crate::guests::{ask, start_probe};
 use crate::support::{Place, Process};
@@ -119,4 +120,39 @@ fn a_guest_runs_until_it_comes_to_a_place() {
     let ended = leads.wait();
     assert_eq!(ended.status, Some(1), "{ended:?}");
     assert_eq!(guest.wait().status, Some(1));
+}
+
+#[test]
+fn one_vcpu_is_suspended_while_the_others_run() {
+    let place = Place::new();
+    let (mut guest, _) = start_probe(&place, "-c 2");
+    let mut client = Client::connect(&place.vm()).unwrap();
+    client.suspend_cpu(0).unwrap();
+    let shown = || place.ok("vmmctl --vm=guest0 --get-suspended-cpus");
+    assert_eq!(shown(), "suspended cpus:\t 0\n");
+    guest.console.send("echo late");
+    let answer = guest.console.find("late", Duration::from_millis(500));
+    assert_eq!(answer, None);
+    assert!(place.ok("vmmctl --list").contains("running"));
+    client.resume_cpu(0).unwrap();
+    guest.console.expect("late\r\nprobe> ");
+    assert_eq!(shown(), "suspended cpus:\t (none)\n");
+    assert!(client.suspend_cpu(2).is_err());
+}
+
+#[test]
+fn a_guest_is_suspended_to_another_name() {
+    let place = Place::new();
+    let (mut guest, _) = start_probe(&place, "");
+    // bhyvectl's name for it makes a copy, and the guest goes on.
+    place.ok("vmmctl --vm=guest0 --checkpoint=before");
+    assert_eq!(ask(&mut guest, "echo on"), "on\r\n");
+    let taken = place.run("vmmctl --vm=guest0 --suspend=before");
+    assert_eq!(taken.status, Some(1), "{taken:?}");
+    assert_eq!(ask(&mut guest, "echo still"), "still\r\n");
+    place.ok("vmmctl --vm=guest0 --suspend=after");
+    assert_eq!(guest.wait().status, Some(1));
+    let mut guest = Process::start(place.command("rhyve after"));
+    guest.console.send("echo again");
+    guest.console.expect("again\r\nprobe> ");
 }

@@ -286,6 +286,24 @@ impl Client {
         self.done(Request::Resume)
     }
 
+    /// Holds one vCPU; the others go on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn suspend_cpu(&mut self, vcpu: u32) -> Result<(), ClientError> {
+        self.done(Request::SuspendCpu { vcpu })
+    }
+
+    /// Lets one vCPU go on, whatever the others do.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::call`].
+    pub fn resume_cpu(&mut self, vcpu: u32) -> Result<(), ClientError> {
+        self.done(Request::ResumeCpu { vcpu })
+    }
+
     /// Has one vCPU execute one instruction; the machine is paused afterwards.
     ///
     /// # Errors

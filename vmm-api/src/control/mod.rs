@@ -95,6 +95,24 @@ pub trait ControlTarget: Send + Sync {
     /// The machine is ending.
     fn resume(&self) -> Result<(), Refusal>;
 
+    /// Holds one vCPU; the others go on (libvmmapi's vm_suspend_cpu).
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or it does not stop.
+    fn suspend_cpu(&self, vcpu: u32) -> Result<(), Refusal> {
+        Err(unsupported("suspending", vcpu))
+    }
+
+    /// Lets one vCPU go on, whatever the others do (libvmmapi's vm_resume_cpu).
+    ///
+    /// # Errors
+    ///
+    /// There is no such vCPU, or the machine is ending.
+    fn resume_cpu(&self, vcpu: u32) -> Result<(), Refusal> {
+        Err(unsupported("resuming", vcpu))
+    }
+
     /// Has one vCPU execute one instruction while the others wait. The machine is paused afterwards.
     ///
     /// # Errors

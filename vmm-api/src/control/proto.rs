@@ -97,6 +97,16 @@ pub enum Request {
     Pause,
     /// Go on.
     Resume,
+    /// Hold one vCPU.
+    SuspendCpu {
+        /// Its index.
+        vcpu: u32,
+    },
+    /// Let one vCPU go on.
+    ResumeCpu {
+        /// Its index.
+        vcpu: u32,
+    },
     /// Have one vCPU execute one instruction; the machine is paused afterwards.
     Step {
         /// Its index.

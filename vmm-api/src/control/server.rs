@@ -417,6 +417,8 @@ pub fn answer(target: &dyn ControlTarget, line: &[u8]) -> Answer {
         Request::ResetStats => target.reset_stats().map(done),
         Request::Pause => target.pause().map(done),
         Request::Resume => target.resume().map(done),
+        Request::SuspendCpu { vcpu } => target.suspend_cpu(vcpu).map(done),
+        Request::ResumeCpu { vcpu } => target.resume_cpu(vcpu).map(done),
         Request::Step { vcpu } => target.step(vcpu).map(done),
         Request::RunUntil { address, ms } => target
             .run_until(address, ms)

@@ -8,7 +8,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 use vmm_api::memory::MemSize;
-use vmm_api::name::VmName;
+use vmm_api::name::{NameError, VmName};
 use vmm_api::regs::{Access, Reg, SegReg};
 
 use crate::number;
@@ -85,6 +85,8 @@ pub struct Work {
     pub step: Option<u32>,
     /// What is to be shown.
     pub gets: Gets,
+    /// A device that was the host's is to be the host's again.
+    pub passthru: bool,
     /// Options that set what KVM does not show.
     pub unavailable_sets: Vec<String>,
     /// Count from 0 again.
@@ -129,6 +131,16 @@ fn disk(text: &str) -> Result<Disk, String> {
         slot: slot.to_owned(),
         size,
     })
+}
+
+/// The name in `--suspend=NAME`, if there is one.
+fn suspend(text: &str) -> Result<Option<VmName>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse()
+        .map(Some)
+        .map_err(|error: NameError| error.to_string())
 }
 
 /// `--set-link=SLOT=up|down`.
@@ -193,7 +205,7 @@ pub struct Gets {
 }
 
 /// How a running VM is told to end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// Ask the guest, by its power button.
     PowerButton,
@@ -201,8 +213,8 @@ pub enum End {
     Reset,
     /// As if its plug were pulled.
     PowerOff,
-    /// In the middle, to be run again from there.
-    Suspend,
+    /// In the middle, to be run again from there; with a name, by another VM of that name.
+    Suspend(Option<VmName>),
 }
 
 fn flag(name: &'static str, heading: &'static str, help: &'static str) -> Arg {
@@ -359,11 +371,18 @@ impl CommandFactory for Cli {
                     .conflicts_with_all(["power-button", "force-reset"]),
             )
             .arg(
-                flag("suspend", CONTROL, "Stop it in the middle and keep all of it: rhyve VM goes on from there")
+                value("suspend", suspend)
+                    .value_name("NAME")
+                    .num_args(0..=1)
+                    .require_equals(true)
+                    .default_missing_value("")
+                    .help_heading(CONTROL)
+                    .help("Stop it in the middle and keep all of it: rhyve VM goes on from there; with NAME, as --snapshot=NAME, and switch it off")
                     .conflicts_with_all(["power-button", "force-reset", "force-poweroff"]),
             )
             .arg(
                 value("snapshot", clap::value_parser!(VmName))
+                    .visible_alias("checkpoint")
                     .value_name("NAME")
                     .help_heading(CONTROL)
                     .help("Make a VM of this name that is as this one is now, and goes on from there; this one goes on as well"),
@@ -374,6 +393,7 @@ impl CommandFactory for Cli {
                     .help_heading(CONTROL)
                     .help("Make a VM of this name that shares the memory of this one, loaded or suspended, until one of them writes to it"),
             )
+            .arg(value("unassign-pptdev", clap::value_parser!(String)).value_name("BUS/SLOT/FUNC").hide(true))
             .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))
             .arg(value("desc-limit", number::parse_u32).value_name("VALUE").hide(true))
             .arg(value("desc-access", number::parse_u32).value_name("VALUE").hide(true));
@@ -478,8 +498,9 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         ("power-button", End::PowerButton),
         ("force-reset", End::Reset),
         ("force-poweroff", End::PowerOff),
-        ("suspend", End::Suspend),
     ];
+    let suspended = matches.get_one::<Option<VmName>>("suspend").cloned();
+    let passthru = matches.contains_id("unassign-pptdev");
     Ok(Work {
         vm,
         cpu: short("cpu").unwrap_or(0),
@@ -527,6 +548,7 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
                 .map(owned)
                 .collect(),
         },
+        passthru,
         unavailable_sets: UNAVAILABLE_SETS
             .iter()
             .filter(|name| number(name).is_some())
@@ -538,7 +560,8 @@ fn work(vm: VmName, matches: &ArgMatches) -> Result<Work, clap::Error> {
         resume: given("resume"),
         end: ends
             .into_iter()
-            .find_map(|(name, end)| given(name).then_some(end)),
+            .find_map(|(name, end)| given(name).then_some(end))
+            .or_else(|| suspended.map(End::Suspend)),
         run: given("run"),
         destroy: given("destroy"),
     })

@@ -10,7 +10,7 @@ use crate::common::Bench;
 
 /// Options that belong together, or need a value; what is not here is walked by itself or, in a
 /// family, all in one call.
-const CALLS: [&str; 30] = [
+const CALLS: [&str; 31] = [
     "--get-exits=1",
     "--get-rtc-nvram --rtc-nvram-offset=20",
     "--getcap",
@@ -41,6 +41,7 @@ const CALLS: [&str; 30] = [
     "--set-desc-cs --desc-base=0 --desc-limit=0xffff --desc-access=0x9b --step=2",
     "--step",
     "--until=0x1000",
+    "--unassign-pptdev=1/2/3",
 ];
 
 /// They end the VM, make it, or write beside it: tests of their own show them.
