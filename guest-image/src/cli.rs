@@ -8,7 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(name = "guest-image", version)]
 pub struct Cli {
-    /// Directory for the files, created if missing [default: target/guest-image/PROFILE]
+    /// Directory for the files, created if missing [default: target/guest/PROFILE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Directory for Debian's packages, created if missing
@@ -49,12 +49,12 @@ pub enum GuestConsole {
 }
 
 impl Cli {
-    /// The output directory: `--out`, or `target/guest-image/PROFILE` below the current one.
+    /// The output directory: `--out`, or `target/guest/PROFILE` below the current one.
     #[must_use]
     pub fn out_dir(&self) -> PathBuf {
         self.out
             .clone()
-            .unwrap_or_else(|| PathBuf::from("target/guest-image").join(self.profile.name()))
+            .unwrap_or_else(|| PathBuf::from("target/guest").join(self.profile.name()))
     }
 }
 
@@ -90,5 +90,19 @@ impl Profile {
             Profile::Lane => "lane",
             Profile::Tools => "tools",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_are_made_below_target_guest() {
+        let cli = |words: &[&str]| Cli::try_parse_from(words).unwrap();
+        let probe = cli(&["guest-image", "freebsd-probe"]);
+        assert_eq!(probe.out_dir(), PathBuf::from("target/guest/freebsd-probe"));
+        let elsewhere = cli(&["guest-image", "--out", "here", "linux"]);
+        assert_eq!(elsewhere.out_dir(), PathBuf::from("here"));
     }
 }

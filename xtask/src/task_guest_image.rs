@@ -1,4 +1,4 @@
-//! `cargo xtask guest-image`: makes the guests below `target/guest-image/`.
+//! `cargo xtask guest-image`: makes the guests below `target/guest/`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{TaskResult, project};
 
-/// Make a guest image below target/guest-image/ and print the paths of its files
+/// Make a guest image below target/guest/ and print the paths of its files
 #[derive(Debug, Args)]
 pub struct GuestImage {
     /// What to make: probe, freebsd-probe, freebsd, linux, lane or tools (see `guest-image --help`)
@@ -100,12 +100,13 @@ fn make_with(profile: &str, options: &[&str]) -> Result<Image, Box<dyn Error>> {
 /// Builds the `guest-image` program and returns the command that makes `profile`.
 fn command(profile: &str) -> std::io::Result<Command> {
     let programs = project::build(&["guest-image"], false)?;
-    let images = project::target_dir().join("guest-image");
+    let target = project::target_dir();
     let mut command = Command::new(programs.join("guest-image"));
-    command.arg("--out").arg(images.join(profile));
+    command.arg("--out").arg(target.join("guest").join(profile));
+    // Beside the guests, which can be removed without fetching the packages again.
     command
         .arg("--cache")
-        .arg(images.join("debian"))
+        .arg(target.join("guest-image/debian"))
         .arg(profile);
     Ok(command)
 }

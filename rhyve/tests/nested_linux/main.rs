@@ -25,7 +25,7 @@ use support::{Ended, Place, Process, Tmpfs, program, until};
 
 /// A file that guest-image makes.
 fn image(name: &str) -> PathBuf {
-    let path = program("rhyve").with_file_name("../guest-image").join(name);
+    let path = program("rhyve").with_file_name("../guest").join(name);
     assert!(
         path.exists(),
         "{} is not made: run `cargo xtask guest-image linux` (or linux-full), or `cargo xtask test`",
