@@ -18,19 +18,15 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::file::{FileError, at};
 use crate::progress::Progress;
 
 /// Why a package could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or directory of the package cache failed.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A program of Debian's could not be started.
     #[error("cannot run {program}: the packages of a Debian system are made with it")]
     NotDebian {
@@ -107,7 +103,7 @@ impl Debian {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the directory cannot be made or locked.
+    /// [`Error::File`] if the directory cannot be made or locked.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         fs::create_dir_all(dir).map_err(at(dir))?;
         // apt resolves relative paths against its own Dir, not against the working directory.
@@ -367,7 +363,7 @@ impl Debian {
 
     /// A temporary directory in the cache: on the file system where its contents will stay.
     fn scratch(&self) -> Result<tempfile::TempDir, Error> {
-        tempfile::tempdir_in(&self.dir).map_err(at(&self.dir))
+        Ok(tempfile::tempdir_in(&self.dir).map_err(at(&self.dir))?)
     }
 
     /// An apt program with the private state.
@@ -477,15 +473,7 @@ fn relink(target: &Path, link: &Path) -> Result<(), Error> {
     let new = link.with_extension("new");
     let _ = fs::remove_file(&new);
     symlink(target, &new).map_err(at(&new))?;
-    fs::rename(&new, link).map_err(at(link))
-}
-
-/// Adds the file's name to an I/O error.
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    }
+    Ok(fs::rename(&new, link).map_err(at(link))?)
 }
 
 #[cfg(test)]

@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use object::read::elf::{Dyn, FileHeader};
@@ -16,6 +15,7 @@ use object::{Endianness, elf};
 use crate::cpio::Archive;
 use crate::debian::{self, Debian};
 use crate::ext4;
+use crate::file::{FileError, at};
 
 /// Why the disk could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -27,13 +27,8 @@ pub enum Error {
     #[error("ext4")]
     Ext4(#[from] ext4::Error),
     /// A file cannot be read.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A program is no ELF file.
     #[error("{path}: {source}")]
     Elf {
@@ -196,12 +191,5 @@ fn needed(path: &Path, data: &[u8]) -> Result<Vec<String>, Error> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(at(path))
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    }
+    Ok(fs::read(path).map_err(at(path))?)
 }

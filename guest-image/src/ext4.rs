@@ -8,22 +8,18 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cpio::{Archive, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG};
+use crate::file::{FileError, at};
 
 /// Why a file system could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file failed.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// e2fsprogs is not there.
     #[error("cannot run {program}: install Debian's package e2fsprogs")]
     NoProgram {
@@ -73,7 +69,7 @@ pub fn write(tree: &Archive, path: &Path, size: u64) -> Result<(), Error> {
     run("e2fsck", &[], |e2fsck| {
         e2fsck.args(["-f", "-n"]).arg(&image);
     })?;
-    fs::rename(&image, path).map_err(at(path))
+    Ok(fs::rename(&image, path).map_err(at(path))?)
 }
 
 /// debugfs' commands for all entries; the contents of files go below `scratch`.
@@ -168,13 +164,6 @@ fn run(
         program,
         message: format!("{}: {}", output.status, lines.join("; ")),
     })
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    }
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
 use crate::cli::GuestConsole;
-use crate::debian;
+use crate::file::{FileError, at};
 use crate::image::{Artifact, Image, Role};
 
 /// The sets, in the order in which they are unpacked.
@@ -66,17 +66,9 @@ pub enum Error {
     /// No directory was named.
     #[error("say where FreeBSD's distribution sets are: --dist DIR")]
     NoDist,
-    /// makefs could not be had.
-    #[error("debian packages")]
-    Debian(#[from] debian::Error),
     /// A file cannot be read or written.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A set is no set, or a damaged one.
     #[error("{path} cannot be unpacked")]
     Set {
@@ -288,7 +280,7 @@ fn read(path: &Path) -> Result<String, Error> {
     match fs::read(path) {
         Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(at(path)(error)),
+        Err(error) => Err(at(path)(error).into()),
     }
 }
 
@@ -365,11 +357,6 @@ fn copy(from: &Path, to: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { path, source }
 }
 
 #[cfg(test)]

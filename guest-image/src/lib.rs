@@ -10,6 +10,8 @@
 //!   Files come out of packages by [`debian`]; [`vmlinux`], [`modules`] and [`cpio`] make them fit.
 //!   The guest's [`disk`] is an [`ext4`] file system.
 //! - [`tools`]: programs of Debian's that tests compare our own code with.
+//!
+//! Whatever goes wrong with a file is a [`file::FileError`] below each module's own error.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +20,7 @@ pub mod cpio;
 pub mod debian;
 pub mod disk;
 pub mod ext4;
+pub mod file;
 pub mod freebsd;
 pub mod freebsd_probe;
 pub mod image;
@@ -80,9 +83,7 @@ pub fn make(profile: Profile, options: &Options, out: &Path, cache: &Path) -> Re
         Profile::FreebsdProbe => Ok(freebsd_probe::make(out)?),
         Profile::Freebsd => {
             let dist = options.dist.as_deref().ok_or(freebsd::Error::NoDist)?;
-            let package = debian::Debian::open(cache).and_then(|mut it| it.package("makefs"));
-            let makefs = package.map_err(freebsd::Error::from)?.tree;
-            let makefs = makefs.join("usr/sbin/makefs");
+            let makefs = tools::makefs(cache)?;
             let console = options.console.unwrap_or_default();
             Ok(freebsd::make(dist, console, out, &makefs)?)
         }

@@ -13,6 +13,7 @@ use std::process::Command;
 use crate::cpio::Archive;
 use crate::debian::{self, Debian, Package};
 use crate::disk;
+use crate::file::{FileError, at};
 use crate::modules::{self, Modules};
 use crate::{Artifact, Image, Role, vmlinux};
 
@@ -37,13 +38,8 @@ pub enum Error {
     #[error("disk")]
     Disk(#[from] disk::Error),
     /// A file cannot be read or written.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The finished initramfs does not read back as it was packed.
     #[error("initramfs: reads back with {found:?} where {packed:?} was packed")]
     ReadBack {
@@ -324,22 +320,13 @@ fn write(out: &Path, name: &str, role: Role, data: &[u8]) -> Result<Artifact, Er
     file.as_file()
         .set_permissions(fs::Permissions::from_mode(0o644))
         .map_err(at(&path))?;
-    file.persist(&path).map_err(|error| Error::Io {
-        path: path.clone(),
-        source: error.error,
-    })?;
+    file.persist(&path)
+        .map_err(|error| at(&path)(error.error))?;
     Ok(Artifact {
         role,
         path,
         bytes: data.len() as u64,
     })
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    }
 }
 
 #[cfg(test)]

@@ -5,22 +5,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use object::{Object, ObjectSection};
+
+use crate::file::{FileError, at};
 
 /// Why a set of modules cannot be put together.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or directory cannot be read.
-    #[error("{path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The kernel has neither a module of this name nor the feature built in.
     #[error("the kernel in {dir} has no module {name}")]
     Missing {
@@ -61,7 +58,7 @@ impl Modules {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`].
+    /// [`Error::File`].
     pub fn list(dir: &Path) -> Result<Self, Error> {
         let mut files = BTreeMap::new();
         let mut pending = vec![dir.join("kernel")];
@@ -159,13 +156,6 @@ fn depends(module: &[u8]) -> Result<Vec<String>, String> {
         .filter(|name| !name.is_empty())
         .map(str::to_owned)
         .collect())
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    }
 }
 
 #[cfg(test)]

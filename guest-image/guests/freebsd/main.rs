@@ -16,43 +16,36 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod access;
-#[path = "../probe/apic.rs"]
-#[allow(dead_code)]
-mod apic;
-#[path = "../probe/console.rs"]
-#[allow(dead_code)]
-mod console;
-#[path = "../probe/cpu.rs"]
-#[allow(dead_code)]
-mod cpu;
 mod entry;
 mod gdb;
 mod interrupts;
 mod kernel;
-#[path = "../probe/memory.rs"]
-#[allow(dead_code)]
-mod memory;
 mod metadata;
 mod modmeta;
 mod module;
-#[path = "../probe/mptable.rs"]
-#[allow(dead_code)]
-mod mptable;
 mod pci;
 mod report;
-#[path = "../probe/uart.rs"]
-#[allow(dead_code)]
-mod serial;
 mod smp;
-#[path = "../probe/startup.rs"]
-#[allow(dead_code)]
-mod startup;
 mod symbols;
-#[path = "../probe/tables.rs"]
-mod tables;
 mod terminal;
-#[path = "../probe/traps.rs"]
-mod traps;
+
+/// What both probes are made of.
+#[path = "../probe"]
+#[allow(dead_code, reason = "the other probe needs all of it, this one a part")]
+mod shared {
+    pub mod apic;
+    pub mod console;
+    pub mod cpu;
+    pub mod memory;
+    pub mod mptable;
+    #[path = "uart.rs"]
+    pub mod serial;
+    pub mod startup;
+    pub mod tables;
+    pub mod traps;
+}
+
+use shared::{apic, console, cpu, memory, mptable, serial, startup, traps};
 
 use core::panic::PanicInfo;
 

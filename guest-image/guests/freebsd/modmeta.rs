@@ -11,7 +11,8 @@ struct ModMetadata {
 }
 
 /// struct mod_version.
-struct Version(#[allow(dead_code)] i32);
+#[expect(dead_code, reason = "loaders and other kernels read it, not this code")]
+struct Version(i32);
 
 // SAFETY: the pointer is to a constant.
 unsafe impl Sync for ModMetadata {}
