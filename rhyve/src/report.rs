@@ -4,7 +4,7 @@
 use vmm_api::guest::{Kernel, Report, View};
 use vmm_api::memory::GuestRam;
 use vmm_api::regs::Registers;
-use vmm_api::state::{StopReason, VmState};
+use vmm_api::state::{BootInfo, StopReason, VmState};
 use vmm_api::vm::LockedVm;
 
 use crate::machine::Machine;
@@ -17,7 +17,8 @@ pub fn at_end(vm: &LockedVm, state: &VmState, cause: &Cause, ram: &GuestRam) {
     let wanted = match cause.reason {
         StopReason::TripleFault | StopReason::Error => true,
         StopReason::Reset | StopReason::Halt => {
-            Death::find(ram, &registers).is_some_and(|d| d.is(ram))
+            let boot = state.machine.boot.as_ref();
+            Death::find(ram, &registers, boot).is_some_and(|d| d.is(ram))
         }
         _ => false,
     };
@@ -36,8 +37,7 @@ pub fn of_stall(vm: &LockedVm, state: &VmState, machine: &Machine, why: &str, ra
 }
 
 fn write(vm: &LockedVm, state: &VmState, registers: &[Registers], why: &str, ram: &GuestRam) {
-    let loaded = state.machine.boot.as_ref().map(|boot| boot.kernel.as_ref());
-    let report = Report::new(ram, registers, None, loaded);
+    let report = Report::new(ram, registers, None, state.machine.boot.as_ref());
     let text = report.text(&format!("{}: {why}", vm.name()));
     match vm.write_report(text.as_bytes()) {
         Ok(path) => eprintln!("rhyve: {}: {why}; see {}", vm.name(), path.display()),
@@ -50,20 +50,30 @@ fn write(vm: &LockedVm, state: &VmState, registers: &[Registers], why: &str, ram
 pub struct Death {
     registers: Registers,
     address: u64,
-    /// What stands there as long as it lives.
-    alive: u32,
+    /// Bytes that stand there.
+    size: u64,
+    /// What they are as long as it lives.
+    alive: u64,
 }
 
 impl Death {
-    /// Finds it in a kernel that is known.
-    pub fn find(ram: &GuestRam, vcpus: &[Registers]) -> Option<Self> {
-        let kernel = Kernel::find(ram, vcpus, None, None).ok()?;
-        // kernel/panic.c: an atomic_t that is PANIC_CPU_INVALID, -1.
-        let address = kernel.symbols.address("panic_cpu")?;
+    /// Finds it in a kernel that is known by what is in memory: Linux, FreeBSD.
+    pub fn find(ram: &GuestRam, vcpus: &[Registers], boot: Option<&BootInfo>) -> Option<Self> {
+        let boot = boot.filter(|boot| boot.symbols.is_some());
+        let kernel = Kernel::find(ram, vcpus, None, boot).ok()?;
+        // FreeBSD, sys/kern/kern_shutdown.c: a pointer to the panic's words. Linux, kernel/panic.c: an
+        // atomic_t that is PANIC_CPU_INVALID, -1. FreeBSD has a variable of that name as well.
+        let places = [("panicstr", 8, 0), ("panic_cpu", 4, u32::MAX.into())];
+        let found = places.into_iter().find_map(|(name, size, alive)| {
+            let address = kernel.symbols.address(name)?;
+            Some((address, size, alive))
+        });
+        let (address, size, alive) = found?;
         Some(Self {
             registers: kernel.registers,
             address,
-            alive: u32::MAX,
+            size,
+            alive,
         })
     }
 
@@ -73,6 +83,7 @@ impl Death {
             memory: ram,
             registers: &self.registers,
         };
-        view.half(self.address).is_ok_and(|cpu| cpu != self.alive)
+        let now = view.number(self.address, self.size);
+        now.is_ok_and(|now| now != self.alive)
     }
 }

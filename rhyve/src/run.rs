@@ -202,13 +202,9 @@ fn see_through(
     let threads = start(vcpus)?;
     let profiler = match boot_profile.zip(ram.clone()) {
         Some((profile, ram)) => {
-            let kernel = state
-                .machine
-                .boot
-                .as_ref()
-                .map(|boot| boot.kernel.clone().into());
+            let boot = state.machine.boot.clone();
             let (name, load_us) = (vm.name().as_str(), state.machine.load_us);
-            let started = profile.start(name, load_us, kernel, machine.clone(), ram);
+            let started = profile.start(name, load_us, boot, machine.clone(), ram);
             Some(started.map_err(system("start the boot profile's thread"))?)
         }
         None => None,
@@ -296,7 +292,8 @@ impl Stalls {
                     self.tries -= 1;
                     let registers = machine.ask(0, |kvm| kvm.registers());
                     let registers = registers.ok().and_then(Result::ok);
-                    self.death = registers.and_then(|r| Death::find(ram, &[r]));
+                    let boot = state.machine.boot.as_ref();
+                    self.death = registers.and_then(|r| Death::find(ram, &[r], boot));
                 }
                 if self.death.as_ref().is_none_or(|death| !death.is(ram)) {
                     return;

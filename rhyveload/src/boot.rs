@@ -150,9 +150,11 @@ fn outcome(job: &Job, protocol: Protocol, device: &str, outcome: Outcome) -> (Fi
         memory: job.memory.layout,
     };
     let mut copies = Vec::new();
+    let mut symbols = None;
     for (index, file) in outcome.files.into_iter().enumerate() {
         let records = file.records;
         if index == 0 {
+            symbols = records.symbols();
             loaded.kernel.clone_from(&records.name);
             loaded.segments.clone_from(&file.segments);
         } else {
@@ -178,6 +180,7 @@ fn outcome(job: &Job, protocol: Protocol, device: &str, outcome: Outcome) -> (Fi
             kernel: format!("{device}{}", loaded.kernel),
             protocol: protocol.to_string(),
             cmdline: None,
+            symbols,
         },
     };
     (filling, loaded)

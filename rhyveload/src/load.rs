@@ -290,6 +290,7 @@ fn plan_file(
             kernel: path.to_string_lossy().into_owned(),
             protocol: plan.protocol.to_string(),
             cmdline: files.cmdline.clone(),
+            symbols: plan.symbols,
         },
     };
     let loaded = Loaded {

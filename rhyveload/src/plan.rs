@@ -10,6 +10,7 @@ use std::fmt;
 use serde::Serialize;
 use vmm_api::memory::{MemSize, MemoryLayout};
 use vmm_api::regs::Registers;
+use vmm_api::state::SymbolTables;
 
 use crate::elf::{self, Elf, ElfError};
 use crate::freebsd::env::EnvVar;
@@ -117,6 +118,8 @@ pub struct LoadPlan {
     pub registers: Registers,
     /// What is said of the kernel behind its name: bhyveload's `text=0x... data=0x...+0x...`.
     pub summary: String,
+    /// Where a FreeBSD kernel's symbols go.
+    pub symbols: Option<SymbolTables>,
 }
 
 /// Why a kernel cannot be loaded.

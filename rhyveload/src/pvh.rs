@@ -71,6 +71,7 @@ pub fn plan(elf: &Elf, request: &Request<'_>) -> Result<LoadPlan, PlanError> {
         initrd,
         // Loaded segments lie in lowmem, so the entry point has 32 bits.
         registers: setup_pvh_registers(entry as u32, START_INFO as u32),
+        symbols: None,
     })
 }
 

@@ -190,6 +190,20 @@ pub struct BootInfo {
     /// Command line, if the protocol has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+    /// Where the kernel's symbols are in memory, if its loader put them there, as FreeBSD's does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub symbols: Option<SymbolTables>,
+}
+
+/// A kernel's symbols in guest memory, as FreeBSD's loader hands them over (sys/boot/common/load_elf.c,
+/// MODINFOMD_SSYM and MODINFOMD_ESYM): the ELF symbol table and then its strings, each behind its
+/// length in bytes, a little-endian u64, and padded to a multiple of 8.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SymbolTables {
+    /// Guest-physical address of the first length.
+    pub start: u64,
+    /// Guest-physical address behind the strings.
+    pub end: u64,
 }
 
 /// One vCPU: what a person asks for by name, and what KVM needs to go on.

@@ -279,9 +279,9 @@ fn unit(value: u64, format: Format) -> String {
 /// There are none, or the VM cannot be asked.
 fn kernel(access: &mut dyn VcpuAccess, work: &Work, memory: &MemFile) -> Result<Kernel, Error> {
     let vcpus = registers(access)?;
-    let loaded = access.kernel()?;
-    let (named, loaded) = (work.gets.looks.symbols.as_deref(), loaded.as_deref());
-    let found = Kernel::find(memory, &vcpus, named, loaded.map(Path::new));
+    let loaded = access.boot()?;
+    let named = work.gets.looks.symbols.as_deref();
+    let found = Kernel::find(memory, &vcpus, named, loaded.as_ref());
     found.map_err(|source| Error::Symbols {
         vm: work.vm.clone(),
         source,
@@ -356,9 +356,9 @@ fn panic(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Resul
     let title = format!("{}: {}", work.vm, access.ending()?);
     let memory = access.open_memory()?;
     let vcpus = registers(access)?;
-    let loaded = access.kernel()?;
-    let (named, loaded) = (work.gets.looks.symbols.as_deref(), loaded.as_deref());
-    let report = Report::new(&memory, &vcpus, named, loaded.map(Path::new));
+    let loaded = access.boot()?;
+    let named = work.gets.looks.symbols.as_deref();
+    let report = Report::new(&memory, &vcpus, named, loaded.as_ref());
     for line in report.text(&title).lines() {
         output.line(line);
     }

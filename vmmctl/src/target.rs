@@ -10,7 +10,7 @@ use vmm_api::memory::{MemFile, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::regs::Registers;
 use vmm_api::root::Root;
-use vmm_api::state::{Phase, VmState};
+use vmm_api::state::{BootInfo, Phase, VmState};
 use vmm_api::stats::{VcpuStats, VmStats};
 use vmm_api::vm::{self, LockedVm, Vm, VmError};
 
@@ -146,12 +146,12 @@ pub trait VcpuAccess {
     /// There is one of this name, there is no room for it, or what is here cannot be copied.
     fn snapshot(&mut self, name: &VmName) -> Result<(), Error>;
 
-    /// The kernel that was loaded, if it is known.
+    /// What the loader put there, if that is known.
     ///
     /// # Errors
     ///
     /// The state cannot be read.
-    fn kernel(&mut self) -> Result<Option<String>, Error>;
+    fn boot(&mut self) -> Result<Option<BootInfo>, Error>;
 
     /// The connection to a VM that runs.
     ///
@@ -393,8 +393,8 @@ impl VcpuAccess for Stored<'_> {
         Ok(vm::snapshot(self.root, name, PROGRAM, &memory, &state)?)
     }
 
-    fn kernel(&mut self) -> Result<Option<String>, Error> {
-        Ok(self.state()?.machine.boot.map(|boot| boot.kernel))
+    fn boot(&mut self) -> Result<Option<BootInfo>, Error> {
+        Ok(self.state()?.machine.boot)
     }
 
     fn stats(&mut self, _: u32) -> Result<(VcpuStats, VmStats), Error> {
@@ -474,8 +474,8 @@ impl VcpuAccess for Live {
         Ok(patient.snapshot(name)?)
     }
 
-    fn kernel(&mut self) -> Result<Option<String>, Error> {
-        Ok(self.vm.load_state()?.machine.boot.map(|boot| boot.kernel))
+    fn boot(&mut self) -> Result<Option<BootInfo>, Error> {
+        Ok(self.vm.load_state()?.machine.boot)
     }
 
     fn stats(&mut self, vcpu: u32) -> Result<(VcpuStats, VmStats), Error> {

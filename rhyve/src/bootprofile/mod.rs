@@ -23,7 +23,7 @@ use vmm_api::guest::View;
 use vmm_api::kvm::KvmVcpu;
 use vmm_api::memory::GuestRam;
 use vmm_api::regs::Registers;
-use vmm_api::state::Activity;
+use vmm_api::state::{Activity, BootInfo};
 
 use crate::console;
 use crate::machine::Machine;
@@ -128,7 +128,7 @@ impl BootProfile {
         self,
         name: &str,
         load_us: Option<u64>,
-        kernel: Option<PathBuf>,
+        boot: Option<BootInfo>,
         machine: Arc<Machine>,
         ram: GuestRam,
     ) -> io::Result<Profiler> {
@@ -137,7 +137,7 @@ impl BootProfile {
             profile: self,
             name: name.to_owned(),
             load_us,
-            kernel,
+            boot,
             machine,
             ram,
             stop: stop.clone(),
@@ -189,7 +189,7 @@ struct Sampler {
     profile: BootProfile,
     name: String,
     load_us: Option<u64>,
-    kernel: Option<PathBuf>,
+    boot: Option<BootInfo>,
     machine: Arc<Machine>,
     ram: GuestRam,
     stop: Arc<Stop>,
@@ -252,7 +252,7 @@ impl Sampler {
     }
 
     fn write(&mut self, init: Option<Instant>, sampled: Duration) -> Result<(), ProfileError> {
-        let stacks = stacks::fold(&self.samples, &self.ram, self.kernel.as_deref());
+        let stacks = stacks::fold(&self.samples, &self.ram, self.boot.as_ref());
         let phases = self.phases(init);
         let told: Vec<_> = phases.iter().map(Phase::text).collect();
         let title = format!("{}: {}", self.name, told.join(", "));

@@ -1,11 +1,11 @@
 //! From samples to named stacks, each with the number of its samples.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::Serialize;
 use vmm_api::guest::{Kernel, Symbols, backtrace};
 use vmm_api::memory::GuestRam;
+use vmm_api::state::BootInfo;
 
 use super::{Sample, is_user};
 
@@ -19,11 +19,11 @@ pub struct Folded {
 }
 
 /// All different stacks.
-pub(super) fn fold(samples: &[Sample], ram: &GuestRam, kernel: Option<&Path>) -> Vec<Folded> {
+pub(super) fn fold(samples: &[Sample], ram: &GuestRam, boot: Option<&BootInfo>) -> Vec<Folded> {
     // The last that was in the kernel sees it as it is now.
     let seen = samples.iter().rev().filter(|s| !is_user(&s.registers));
     let registers: Vec<_> = seen.take(1).map(|s| s.registers.clone()).collect();
-    let kernel = Kernel::find(ram, &registers, None, kernel).ok();
+    let kernel = Kernel::find(ram, &registers, None, boot).ok();
     let unwinder = kernel.as_ref().and_then(|kernel| kernel.unwinder(ram));
     let mut stacks = BTreeMap::<Vec<String>, u64>::new();
     for sample in samples {

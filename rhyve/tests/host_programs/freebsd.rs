@@ -98,6 +98,12 @@ fn it_boots_as_in_2012() {
     // Register blocks that are 20 + 8 and 20 + 28 bytes long.
     assert!(said.contains("Network adapter> port 0x2000-0x201f at device 1.0 on pci0"));
     assert!(said.contains("Block adapter> port 0x2040-0x207f at device 2.0 on pci0"));
+    // Its symbols are where the loader has put them: nobody has to name the kernel's file.
+    let callers = place.ok("vmmctl --vm=myguest --bt");
+    let first = callers.lines().find(|line| line.starts_with("#0 "));
+    let first = first.unwrap_or_else(|| panic!("{callers}"));
+    assert!(first.starts_with("#0  0xffffffff802"), "{callers}");
+    assert!(first.contains(" in "), "{callers}");
 }
 
 /// Debian's makefs: what `cargo xtask test` names in $MAKEFS, or the one that is installed.

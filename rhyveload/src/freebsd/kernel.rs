@@ -5,11 +5,11 @@ use std::fmt::Write;
 use object::elf::SHT_SYMTAB;
 
 use super::metadata::{
-    FileRecords, MODINFOMD_DYNAMIC, MODINFOMD_ELFHDR, MODINFOMD_ESYM, MODINFOMD_SHDR,
-    MODINFOMD_SSYM,
+    FileRecords, MODINFOMD_CTORS_ADDR, MODINFOMD_CTORS_SIZE, MODINFOMD_DYNAMIC, MODINFOMD_ELFHDR,
+    MODINFOMD_ESYM, MODINFOMD_SHDR, MODINFOMD_SSYM,
 };
 use super::modmeta::{self, Modules};
-use super::sections::{Sections, kind, link, offset, size};
+use super::sections::{Sections, addr, kind, link, offset, size};
 use super::{FreebsdError, REACH};
 use crate::elf::Elf;
 use crate::plan::{Blob, PlanError, Protocol, Segment};
@@ -111,6 +111,11 @@ impl Kernel {
         let sections = Sections::read(&elf.header, image).map_err(FreebsdError::from)?;
         if !sections.headers.is_empty() {
             records.add(MODINFOMD_SHDR, sections.encode());
+        }
+        // stand/common/load_elf.c; the kernel adds where a shared object lies.
+        if let Some(ctors) = sections.find(".ctors", image) {
+            records.add(MODINFOMD_CTORS_ADDR, addr(ctors).to_le_bytes());
+            records.add(MODINFOMD_CTORS_SIZE, size(ctors).to_le_bytes());
         }
         if let Some(tables) = symbols(&sections, elf) {
             let ssym = self.end;
@@ -219,7 +224,7 @@ pub fn summary(segments: &[Segment], writable: &[bool]) -> String {
         let name = if writable { "data" } else { "text" };
         // Writing to a String cannot fail.
         let _ = write!(text, "{space}{name}={:#x}", segment.filesz);
-        if segment.memsz > segment.filesz {
+        if writable && segment.memsz > segment.filesz {
             let _ = write!(text, "+{:#x}", segment.memsz - segment.filesz);
         }
     }

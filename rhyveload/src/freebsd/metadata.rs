@@ -1,5 +1,15 @@
 //! The module list ("preload metadata") that a FreeBSD kernel is handed (sys/sys/linker.h,
 //! sys/x86/include/metadata.h, sys/boot/userboot/userboot/bootinfo64.c).
+//!
+//! These are the records that bhyve's userboot makes. Other loaders of FreeBSD's make more, of what
+//! they alone know: the BIOS loader MODINFOMD_SMAP_XATTR, if the BIOS has attributes with each range
+//! of memory (sys/boot/i386/libi386/biossmap.c; userboot's biossmap.c has none), MODINFOMD_MODULEP
+//! (libi386/bootinfo64.c), the console's screen and font (MODINFOMD_VBE_FB, MODINFOMD_FONT) and keys
+//! of encrypted disks (MODINFOMD_KEYBUF); the EFI loader MODINFOMD_FW_HANDLE, MODINFOMD_EFI_MAP and
+//! MODINFOMD_EFI_FB. Of those, MODINFOMD_MODULEP is made for a kernel that is entered by PVH, which
+//! looks for it (sys/x86/xen/pv.c). MODINFOMD_DEPLIST is the loader's own, and never handed over.
+
+use vmm_api::state::SymbolTables;
 
 const MODINFO_END: u32 = 0x0000;
 const MODINFO_NAME: u32 = 0x0001;
@@ -25,6 +35,10 @@ pub const MODINFOMD_HOWTO: u32 = 0x0007;
 pub const MODINFOMD_KERNEND: u32 = 0x0008;
 /// The ELF section headers.
 pub const MODINFOMD_SHDR: u32 = 0x0009;
+/// Virtual address of the section `.ctors`, whose functions the kernel calls (since 11.0).
+pub const MODINFOMD_CTORS_ADDR: u32 = 0x000a;
+/// That section's length.
+pub const MODINFOMD_CTORS_SIZE: u32 = 0x000b;
 /// The memory map.
 pub const MODINFOMD_SMAP: u32 = 0x1001;
 
@@ -91,6 +105,18 @@ impl FileRecords {
         for (_, old) in self.records.iter_mut().filter(|(of, _)| *of == kind) {
             old.clone_from(&payload);
         }
+    }
+
+    /// Where the symbols are, if these records tell.
+    pub fn symbols(&self) -> Option<SymbolTables> {
+        let number = |kind| {
+            let (_, payload) = self.records.iter().find(|(of, _)| *of == kind)?;
+            Some(u64::from_le_bytes(*payload.first_chunk()?))
+        };
+        Some(SymbolTables {
+            start: number(MODINFOMD_SSYM)?,
+            end: number(MODINFOMD_ESYM)?,
+        })
     }
 
     /// Adds the memory map.
@@ -163,6 +189,7 @@ mod tests {
             args: "-v".into(),
             ..FileRecords::default()
         };
+        assert_eq!(kernel.symbols(), None);
         let bytes = encode([&kernel, &module].into_iter());
         let mut found = Vec::new();
         let mut at = 0;

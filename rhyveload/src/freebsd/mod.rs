@@ -169,6 +169,7 @@ pub fn plan(
         blobs,
         initrd: None,
         registers: registers(elf.entry),
+        symbols: files[0].symbols(),
     })
 }
 

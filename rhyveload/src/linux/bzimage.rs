@@ -168,6 +168,7 @@ impl BzImage {
             initrd: initrd.map(|(gpa, _)| gpa),
             registers,
             summary: format!("setup={:#x} kernel={:#x}", self.offset, self.len),
+            symbols: None,
         })
     }
 

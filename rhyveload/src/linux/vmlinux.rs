@@ -40,6 +40,7 @@ pub fn plan(elf: &Elf, request: &Request<'_>) -> Result<LoadPlan, PlanError> {
         blobs,
         initrd,
         registers,
+        symbols: None,
     })
 }
 

@@ -9,6 +9,7 @@ use super::linux::{self, Linux};
 use super::{GuestError, SymbolError, Symbols, View, backtrace, freebsd};
 use crate::pagewalk::{PagingMode, PhysicalMemory};
 use crate::regs::Registers;
+use crate::state::BootInfo;
 
 /// A line of a kernel's log, or several lines that were said at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -74,8 +75,8 @@ pub fn kernel_view(vcpus: &[Registers]) -> Option<&Registers> {
 }
 
 impl Kernel {
-    /// Looks for a kernel's names: in `named`, if a file is named; in memory; in the file that was
-    /// loaded.
+    /// Looks for a kernel's names: in `named`, if a file is named; in memory, where Linux carries
+    /// them and FreeBSD's loader puts them; in the file that was loaded.
     ///
     /// # Errors
     ///
@@ -84,7 +85,7 @@ impl Kernel {
         memory: &dyn PhysicalMemory,
         vcpus: &[Registers],
         named: Option<&Path>,
-        loaded: Option<&Path>,
+        loaded: Option<&BootInfo>,
     ) -> Result<Self, SymbolError> {
         let Some(seen) = kernel_view(vcpus) else {
             return Err(SymbolError::Nowhere);
@@ -116,7 +117,18 @@ impl Kernel {
                 });
             }
         }
-        loaded.map_or(Err(SymbolError::Nowhere), from_file)
+        let Some(loaded) = loaded else {
+            return Err(SymbolError::Nowhere);
+        };
+        let tables = loaded.symbols;
+        if let Some(symbols) = tables.and_then(|tables| Symbols::handed_over(memory, tables)) {
+            return Ok(Self {
+                symbols,
+                registers: seen.clone(),
+                carried: false,
+            });
+        }
+        from_file(Path::new(&loaded.kernel))
     }
 
     /// The kernel's log.
@@ -131,6 +143,15 @@ impl Kernel {
         }
         self.is_linux()?;
         linux::log::messages(&Linux::new(view, &self.symbols)?)
+    }
+
+    /// What a FreeBSD kernel has panicked with; nothing while it lives.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say.
+    pub fn panic(&self, memory: &dyn PhysicalMemory) -> Result<Option<String>, GuestError> {
+        freebsd::panic(self.view(memory), &self.symbols)
     }
 
     /// The processes that there are.

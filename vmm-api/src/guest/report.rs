@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{Frame, Kernel, Message, Symbols, backtrace};
 use crate::pagewalk::PhysicalMemory;
 use crate::regs::Registers;
+use crate::state::BootInfo;
 
 /// Lines of the log that are shown of a kernel that did not panic.
 const LAST_LINES: usize = 20;
@@ -30,8 +31,8 @@ const BEGINNINGS: [&str; 8] = [
 ];
 /// The two of them that are the end.
 const PANICS: [&str; 2] = ["Kernel panic - not syncing: ", "panic: "];
-/// Functions that only carry the panic out.
-const MESSENGERS: [&str; 12] = [
+/// Functions that only carry the panic out, of Linux and of FreeBSD.
+const MESSENGERS: [&str; 17] = [
     "panic",
     "vpanic",
     "kdb_enter",
@@ -44,6 +45,11 @@ const MESSENGERS: [&str; 12] = [
     "__crash_kexec",
     "machine_kexec",
     "native_machine_emergency_restart",
+    "kassert_panic",
+    "trap_fatal",
+    "trap_pfault",
+    "trap",
+    "calltrap",
 ];
 
 /// What there is to say of a guest's end.
@@ -71,12 +77,13 @@ pub struct Place {
 }
 
 impl Report {
-    /// Looks for the end in a guest's memory; `named` and `loaded` are files with symbols.
+    /// Looks for the end in a guest's memory; `named` is a file with symbols, `loaded` what the loader
+    /// put there.
     pub fn new(
         memory: &dyn PhysicalMemory,
         vcpus: &[Registers],
         named: Option<&Path>,
-        loaded: Option<&Path>,
+        loaded: Option<&BootInfo>,
     ) -> Self {
         let kernel = Kernel::find(memory, vcpus, named, loaded);
         let unwinder = kernel.as_ref().ok().and_then(|k| k.unwinder(memory));
@@ -86,10 +93,17 @@ impl Report {
             .map(|registers| backtrace(memory, registers, unwinder.as_ref()))
             .collect();
         let mut report = Self::default();
+        // Where a kernel tells, it knows better than its log, which may have lost the panic, or be of
+        // the boot before.
+        let told = kernel.as_ref().ok().and_then(|k| k.panic(memory).ok());
+        let lives = matches!(told, Some(None));
         match kernel.as_ref().map(|kernel| kernel.messages(memory)) {
-            Ok(Ok(messages)) => report.words(&messages),
+            Ok(Ok(messages)) => report.words(&messages, symbols, lives),
             Ok(Err(error)) => report.no_log = Some(error.to_string()),
             Err(error) => report.no_log = Some(error.to_string()),
+        }
+        if let Some(panic) = told.flatten() {
+            report.panic = Some(panic);
         }
         if report.function.is_none() && report.panic.is_some() {
             report.function = symbols.and_then(|s| stacks.iter().find_map(|f| culprit(f, s)));
@@ -108,12 +122,13 @@ impl Report {
         report
     }
 
-    /// Takes what the kernel said.
-    fn words(&mut self, messages: &[Message]) {
+    /// Takes what the kernel said; nothing of it is the end of one that lives.
+    fn words(&mut self, messages: &[Message], symbols: Option<&Symbols>, lives: bool) {
         let lines: Vec<_> = messages.iter().flat_map(Message::lines).collect();
         let texts: Vec<&str> = messages.iter().flat_map(|m| m.text.split('\n')).collect();
         let begins = |text: &&str| BEGINNINGS.iter().any(|b| text.contains(b));
         let end = texts.iter().rposition(|text| panic_of(text).is_some());
+        let end = end.filter(|_| !lives);
         // The first of what belongs together: an oops that became a panic is one.
         let start = end.map(|end| {
             let near = end.saturating_sub(PANIC_LINES);
@@ -126,7 +141,7 @@ impl Report {
                 let log = lines.iter().skip(start).take(PANIC_LINES);
                 self.log = log.cloned().collect();
                 let after = texts.iter().skip(start).take(PANIC_LINES);
-                self.function = after.copied().find_map(instruction);
+                self.function = after.copied().find_map(|text| instruction(text, symbols));
             }
             _ => {
                 let skipped = lines.len().saturating_sub(LAST_LINES);
@@ -188,8 +203,18 @@ fn panic_of(line: &str) -> Option<String> {
     })
 }
 
-/// The kernel's function that a line of Linux's names as the one: "RIP: 0010:function+0x16/0x20".
-fn instruction(line: &str) -> Option<String> {
+/// The kernel's function that a line names as the one: of Linux "RIP: 0010:function+0x16/0x20", of
+/// FreeBSD "instruction pointer = 0x20:0xffffffff80123456" (sys/amd64/amd64/trap.c).
+fn instruction(line: &str, symbols: Option<&Symbols>) -> Option<String> {
+    if let Some(rest) = line.strip_prefix("instruction pointer") {
+        let pointer = rest.trim_start_matches(|c: char| c.is_whitespace() || c == '=');
+        let (selector, address) = pointer.trim_end().split_once(':')?;
+        let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+        // A program's are not the kernel's.
+        return (number(selector)? & 3 == 0)
+            .then(|| symbols?.name(number(address)?))
+            .flatten();
+    }
     let (_, rest) = line.split_once("RIP: 0010:")?;
     let name = rest.split_whitespace().next()?;
     let offset = name.split('/').next()?;
@@ -240,17 +265,21 @@ mod tests {
             "booting\nsysrq: Trigger a crash\nKernel panic - not syncing: sysrq triggered crash\n\
              CPU: 1 PID: 60\nCall Trace:\n RIP: 0033:0x47b7a0\n\
              ---[ end Kernel panic - not syncing: sysrq triggered crash ]---",
-        ));
+        ), None, false);
         assert_eq!(report.panic.as_deref(), Some("sysrq triggered crash"));
         assert_eq!(
             report.log.first().map(String::as_str),
             Some("sysrq: Trigger a crash")
         );
         assert_eq!(report.function, None, "only user mode is named");
-        report.words(&log(
-            "BUG: kernel NULL pointer dereference, address: 0\n#PF: supervisor\n\
+        report.words(
+            &log(
+                "BUG: kernel NULL pointer dereference, address: 0\n#PF: supervisor\n\
              RIP: 0010:bad_driver+0x16/0x40 [bad]\nKernel panic - not syncing: Fatal exception",
-        ));
+            ),
+            None,
+            false,
+        );
         assert_eq!(report.function.as_deref(), Some("bad_driver+0x16"));
         assert_eq!(report.log.len(), 4);
     }
@@ -259,11 +288,11 @@ mod tests {
     fn without_a_panic_there_are_the_last_lines() {
         let mut report = Report::default();
         let lines: Vec<_> = (0..50).map(|n| format!("line {n}")).collect();
-        report.words(&log(&lines.join("\n")));
+        report.words(&log(&lines.join("\n")), None, false);
         assert_eq!(report.log.len(), LAST_LINES);
         assert_eq!(report.panic, None);
         assert!(report.text("guest0").contains("line 49"));
-        report.words(&log("panic: page fault\ncpuid = 0"));
+        report.words(&log("panic: page fault\ncpuid = 0"), None, false);
         assert_eq!(report.panic.as_deref(), Some("page fault"));
     }
 

@@ -1,10 +1,16 @@
 //! Names for addresses: of an ELF file's symbol table, of a System.map or kallsyms text, or of what a
-//! kernel carries with it.
+//! kernel carries with it or was handed by its loader.
 
 use std::path::{Path, PathBuf};
 
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSymbol, SymbolKind};
+
+use crate::pagewalk::PhysicalMemory;
+use crate::state::SymbolTables;
+
+/// Larger tables than any kernel's are not read.
+const TABLES_MAX: u64 = 64 << 20;
 
 /// Why a file gives no symbols.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +99,26 @@ impl Symbols {
         symbols.settle()
     }
 
+    /// Reads what a loader has put into memory for the kernel; none if that is not there, or no
+    /// longer.
+    pub fn handed_over(memory: &dyn PhysicalMemory, tables: SymbolTables) -> Option<Self> {
+        let len = tables.end.checked_sub(tables.start)?;
+        if len > TABLES_MAX {
+            return None;
+        }
+        let mut bytes = vec![0; len as usize];
+        memory.read_physical(tables.start, &mut bytes).ok()?;
+        let (table, rest) = counted(&bytes)?;
+        let (strings, _) = counted(rest)?;
+        let mut symbols = Self::default();
+        for entry in table.as_chunks::<24>().0 {
+            if let Some((address, kind, name)) = entry_of(entry, strings) {
+                symbols.add(address, kind, name);
+            }
+        }
+        symbols.settle()
+    }
+
     /// Adds a symbol; a name of more than 65,535 bytes is none.
     pub(super) fn add(&mut self, address: u64, kind: Kind, name: &str) {
         let (Ok(at), Ok(len)) = (u32::try_from(self.names.len()), u16::try_from(name.len())) else {
@@ -175,6 +201,51 @@ fn elf(bytes: &[u8], symbols: &mut Symbols) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// Bytes behind their length, and what follows them on the next multiple of 8.
+fn counted(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = bytes.split_first_chunk::<8>()?;
+    let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
+    let found = rest.get(..len)?;
+    let next = len.checked_next_multiple_of(8)?;
+    Some((found, rest.get(next..).unwrap_or_default()))
+}
+
+/// An Elf64_Sym (System V ABI, figure 4-15) that names a function or data of the kernel's.
+fn entry_of<'a>(entry: &[u8; 24], strings: &'a [u8]) -> Option<(u64, Kind, &'a str)> {
+    let [
+        n0,
+        n1,
+        n2,
+        n3,
+        info,
+        _,
+        s0,
+        s1,
+        v0,
+        v1,
+        v2,
+        v3,
+        v4,
+        v5,
+        v6,
+        v7,
+        ..,
+    ] = *entry;
+    let kind = match info & 0xf {
+        1 => Kind::Data,
+        2 => Kind::Text,
+        _ => return None,
+    };
+    let address = u64::from_le_bytes([v0, v1, v2, v3, v4, v5, v6, v7]);
+    if address == 0 || [s0, s1] == [0, 0] {
+        return None;
+    }
+    let name = strings.get(u32::from_le_bytes([n0, n1, n2, n3]) as usize..)?;
+    let name = name.split(|&byte| byte == 0).next()?;
+    let name = std::str::from_utf8(name).ok()?;
+    (!name.is_empty()).then_some((address, kind, name))
 }
 
 /// Lines of nm(1): address, type, name, and for a module's function its name in brackets.

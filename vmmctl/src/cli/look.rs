@@ -211,7 +211,7 @@ pub(super) fn options(command: Command) -> Command {
                 .action(ArgAction::SetTrue),
         )
         .arg(
-            arg("symbols", "Where names of the kernel's are: an ELF file or a System.map [default: what Linux carries with it in memory, or else the kernel that was loaded]")
+            arg("symbols", "Where names of the kernel's are: an ELF file or a System.map [default: what Linux carries with it in memory and FreeBSD was handed there, or else the kernel that was loaded]")
                 .value_name("FILE")
                 .value_parser(clap::value_parser!(PathBuf)),
         )

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use vmm_api::memory::MemoryLayout;
 use vmm_api::state::{
-    Activity, BootInfo, DeviceState, Phase, StopReason, VcpuEvents, VcpuState, VmState,
+    Activity, BootInfo, DeviceState, Phase, StopReason, SymbolTables, VcpuEvents, VcpuState,
+    VmState,
 };
 
 /// True if the text is a VM's state.
@@ -43,6 +44,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         kernel: "/boot/kernel/kernel".into(),
         protocol: "freebsd".into(),
         cmdline: Some("console=ttyS0".into()),
+        symbols: Some(SymbolTables {
+            start: 0xbc_0000,
+            end: 0xbc_f000,
+        }),
     });
     full.vcpus = vec![VcpuState {
         activity: Some(Activity::Halted),
