@@ -14,6 +14,9 @@ use crate::source::{BootFs, FileKind, FsError};
 /// The first file.
 pub const DEFAULTS: &str = "/boot/defaults/loader.conf";
 
+/// Whether there is something to be done at the next boot only.
+const NEXTBOOT: &str = "nextboot_enable";
+
 /// A configuration file may have so many bytes.
 const FILE_MAX: u64 = 8 << 20;
 
@@ -150,6 +153,7 @@ impl Reader<'_> {
                 "/boot/device.hints /boot/loader.conf /boot/loader.conf.local",
             ),
             ("loader_conf_dirs", "/boot/loader.conf.d"),
+            ("nextboot_conf", "/boot/nextboot.conf"),
         ];
         if !self.file(DEFAULTS) {
             for (name, value) in defaults {
@@ -164,11 +168,24 @@ impl Reader<'_> {
             self.directory(&directory);
         }
         self.files("local_loader_conf_files");
-        let nextboot = self.env().get("nextboot_enable");
-        if nextboot.is_some_and(|value| value.eq_ignore_ascii_case("yes"))
-            && let Some(path) = self.list("nextboot_conf").first()
-            && self.file(path)
-        {
+        self.nextboot();
+    }
+
+    /// Takes what nextboot(8) has written for the next boot only. Its first line says whether it is
+    /// still to come: FreeBSD's loader changes that line, which is not done to a disk that is only
+    /// read.
+    fn nextboot(&mut self) {
+        let Some(path) = self.list("nextboot_conf").into_iter().next() else {
+            return;
+        };
+        let text = self.host.fs().read_file(&path, FILE_MAX);
+        let text = text.unwrap_or_default();
+        let first = parse(&String::from_utf8_lossy(&text)).next();
+        let flag = match first {
+            Some(Ok(first)) if first.name == NEXTBOOT => Some(first.value),
+            _ => self.env().get(NEXTBOOT).map(str::to_owned),
+        };
+        if flag.is_some_and(|value| value.eq_ignore_ascii_case("yes")) && self.file(&path) {
             self.host.complain(&format!(
                 "{path}: in effect until it is removed: nothing is written to the boot file system"
             ));

@@ -70,6 +70,7 @@ impl EnvVar {
 /// (`-e`) keep their values whatever configuration files say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
+    /// By name, as FreeBSD's loader keeps them (lib/libstand/environment.c, env_setenv).
     vars: Vec<Var>,
 }
 
@@ -98,10 +99,14 @@ impl Environment {
 
     /// Sets a variable, unless the command line did.
     pub fn set(&mut self, name: &str, value: &str) {
-        let pinned = self.vars.iter().any(|var| var.name == name && var.pinned);
-        if !pinned {
+        if !self.is_pinned(name) {
             self.put(name, value, false);
         }
+    }
+
+    /// Whether the command line set a variable.
+    pub fn is_pinned(&self, name: &str) -> bool {
+        self.vars.iter().any(|var| var.name == name && var.pinned)
     }
 
     /// Sets a variable that has no value yet.
@@ -121,7 +126,7 @@ impl Environment {
         self.vars.retain(|var| var.name != name);
     }
 
-    /// All variables with their values.
+    /// All variables with their values, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.vars
             .iter()
@@ -129,12 +134,18 @@ impl Environment {
     }
 
     fn put(&mut self, name: &str, value: &str, pinned: bool) {
-        self.vars.retain(|var| var.name != name);
-        self.vars.push(Var {
+        let var = Var {
             name: name.to_owned(),
             value: value.to_owned(),
             pinned,
-        });
+        };
+        match self
+            .vars
+            .binary_search_by(|var| var.name.as_str().cmp(name))
+        {
+            Ok(at) => self.vars[at] = var,
+            Err(at) => self.vars.insert(at, var),
+        }
     }
 
     /// The kernel's format: strings that end in NUL, and one NUL more.
@@ -157,7 +168,8 @@ impl Environment {
         for letter in args.chars() {
             let flag = LETTERS.iter().find(|(l, _)| active && *l == letter);
             howto |= flag.map_or(0, |(_, flag)| *flag);
-            active = flag.is_some() || letter == '-';
+            // A second minus ends the letters, as anything does that is none.
+            active = flag.is_some() || (!active && letter == '-');
         }
         self.consoles(howto)
     }
@@ -258,7 +270,7 @@ mod tests {
         env.set("c", "later");
         env.set_default("c", "default");
         env.set_default("d", "default");
-        assert_eq!(env.encode(), b"b=2\0a=3\0c=later\0d=default\0\0");
+        assert_eq!(env.encode(), b"a=3\0b=2\0c=later\0d=default\0\0");
         env.force("b", "forced");
         assert_eq!(env.get("b"), Some("forced"));
         assert_eq!(Environment::default().encode(), b"\0");
@@ -269,6 +281,7 @@ mod tests {
         let howto = |texts: &[&str], args: &str| Environment::new(&vars(texts)).howto(args);
         assert_eq!(howto(&["boot_verbose=NO", "boot_single=YES"], ""), 0x802);
         assert_eq!(howto(&["x=1"], "-sv kernel -a s"), 0x803);
+        assert_eq!(howto(&[], "-s-v --a"), 0x2);
         assert_eq!(howto(&["console=comconsole"], ""), 0x1000);
         assert_eq!(howto(&["console=comconsole vidconsole"], ""), 0x2000_1000);
         assert_eq!(howto(&["console=vidconsole,comconsole"], ""), 0x2000_0000);

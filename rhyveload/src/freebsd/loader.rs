@@ -141,7 +141,7 @@ pub struct Loader<'a, 'c> {
     /// Variables, and the modules to load.
     pub(super) config: Config,
     pub(super) files: Vec<Loaded>,
-    /// How many files with commands are being read, one by the other.
+    /// How many files' commands are being run, one by the other; 0: what is typed.
     pub(super) depth: usize,
     layout: MemoryLayout,
     via: Via,

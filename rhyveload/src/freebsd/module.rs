@@ -3,8 +3,8 @@
 
 use object::LittleEndian;
 use object::elf::{
-    EM_X86_64, ET_DYN, ET_REL, SHT_NOBITS, SHT_PROGBITS, SHT_REL, SHT_RELA, SHT_STRTAB, SHT_SYMTAB,
-    SHT_X86_64_UNWIND,
+    EM_X86_64, ET_DYN, ET_REL, SHT_FINI_ARRAY, SHT_INIT_ARRAY, SHT_NOBITS, SHT_PROGBITS, SHT_REL,
+    SHT_RELA, SHT_STRTAB, SHT_SYMTAB, SHT_X86_64_UNWIND, SectionType,
 };
 
 use super::metadata::{FileRecords, MODINFOMD_ELFHDR, MODINFOMD_SHDR};
@@ -14,6 +14,17 @@ use crate::elf::{self, ElfError};
 use crate::plan::{PlanError, Segment};
 use crate::source::Source;
 use crate::space::SpaceError;
+
+/// Sections that a module runs with. Kernels of today call the functions that the arrays point to, if
+/// they find them in memory (sys/sys/linker.h, `ctors_addr`); for older ones compilers made `.ctors`,
+/// which is a section like others.
+const CONTENTS: [SectionType; 5] = [
+    SHT_PROGBITS,
+    SHT_NOBITS,
+    SHT_X86_64_UNWIND,
+    SHT_INIT_ARRAY,
+    SHT_FINI_ARRAY,
+];
 
 /// Why a file is no module.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +158,7 @@ fn lay_out(sections: &mut Sections, dest: u64) -> Result<u64, ModuleError> {
         header.sh_addr.set(LittleEndian, 0);
     }
     for header in headers.iter_mut().filter(|header| size(header) != 0) {
-        if [SHT_PROGBITS, SHT_NOBITS, SHT_X86_64_UNWIND].contains(&kind(header)) {
+        if CONTENTS.contains(&kind(header)) {
             put(header, &mut at);
         }
     }

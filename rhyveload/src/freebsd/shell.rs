@@ -273,7 +273,10 @@ impl Loader<'_, '_> {
 
     /// Runs a line of the configuration at `origin`: what goes wrong is said, and the rest goes on.
     pub(super) fn obey(&mut self, origin: &str, line: &str) {
-        let error = match self.execute(line) {
+        self.depth += 1;
+        let done = self.execute(line);
+        self.depth -= 1;
+        let error = match done {
             Ok(Flow::Next) => return,
             Ok(_) => CommandError::NotHere,
             Err(error) => error,
@@ -417,6 +420,11 @@ impl Loader<'_, '_> {
         self.page(&text)
     }
 
+    /// Whether the command line has set a variable that a file is about to change.
+    fn is_settled(&self, name: &str) -> bool {
+        self.depth != 0 && self.env().is_pinned(name)
+    }
+
     fn set(&mut self, arguments: &[String]) -> Done {
         let [assignment] = arguments else {
             return usage("set");
@@ -432,7 +440,7 @@ impl Loader<'_, '_> {
             let name = self.devices.current().to_owned();
             self.config.env.force("currdev", &name);
             self.config.env.force("loaddev", &name);
-        } else {
+        } else if !self.is_settled(name) {
             self.config.env.force(name, value);
         }
         Ok(Flow::Next)
@@ -446,7 +454,9 @@ impl Loader<'_, '_> {
             if self.env().get(name).is_none() {
                 return Err(CommandError::Variable(name.clone()));
             }
-            self.config.env.unset(name);
+            if !self.is_settled(name) {
+                self.config.env.unset(name);
+            }
         }
         Ok(Flow::Next)
     }

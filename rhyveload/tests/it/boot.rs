@@ -13,7 +13,10 @@ use rhyveload::plan_kernel;
 use vmm_api::memory::MemFile;
 
 use crate::disks::makefs;
-use crate::freebsd_files::{KERNBASE, Meta, kernel, kernel_with, module, shared};
+use crate::freebsd_files::{
+    KERNBASE, Meta, Section, kernel, kernel_with, kernel_with_ctors, module, module_with, shared,
+    to_shared,
+};
 use crate::kernels::{Ph, xen_note};
 use crate::process::{EXE, Place, stderr, stdout};
 
@@ -58,7 +61,7 @@ pub fn tree(place: &Place) -> PathBuf {
     root
 }
 
-fn boot(place: &Place, args: &[&str]) -> Output {
+pub fn boot(place: &Place, args: &[&str]) -> Output {
     let mut command = Command::new(EXE);
     command.env("RHYVE_ROOT", place.root.path());
     command.args(args).arg("guest0").output().unwrap()
@@ -233,8 +236,13 @@ fn a_kernel_finds_what_loader_conf_asks_for() {
     ] {
         assert!(guest.has(var), "{var}: {:?}", guest.env());
     }
+    let env = guest.env();
+    let names = env.iter().map(|var| var.split_once('=').unwrap().0);
+    assert!(names.is_sorted(), "{env:?}");
     let boot = place.state().machine.boot.unwrap();
     assert_eq!(boot.kernel, "host0:/boot/kernel/kernel");
+    let symbols = boot.symbols.unwrap();
+    assert_eq!((symbols.start, symbols.end), (ssym, esym));
 }
 
 fn gzip(path: &Path) {
@@ -526,6 +534,52 @@ fn shared_modules_and_kernels_with_a_red_herring_are_loaded() {
     fs::write(root.join("boot/kernel/kernel"), file).unwrap();
     let text = stderr(&boot(&place, &["-q", "-m", "64", "-h", path]));
     assert!(text.contains("a dynamically linked program"), "{text}");
+}
+
+#[test]
+fn constructors_are_told_of() {
+    let place = Place::new();
+    let root = tree(&place);
+    let has = [Meta::Version("kernel", 1000), Meta::Version("pci", 1)];
+    fs::write(root.join("boot/kernel/kernel"), kernel_with_ctors(&has)).unwrap();
+    let file = to_shared(kernel_with_ctors(&[Meta::Version("sh", 1)]));
+    fs::write(root.join("boot/modules/sh.ko"), file).unwrap();
+    // SHT_INIT_ARRAY.
+    let array = Section {
+        name: ".init_array",
+        kind: 14,
+        align: 8,
+        bytes: (1..=16).collect(),
+        ..Section::default()
+    };
+    let file = module_with(&[Meta::Version("init", 1)], vec![array]);
+    fs::write(root.join("boot/modules/init.ko"), file).unwrap();
+    fs::write(
+        root.join("boot/loader.conf"),
+        "sh_load=YES\ninit_load=YES\n",
+    )
+    .unwrap();
+    let path = root.to_str().unwrap();
+    stdout(&boot(&place, &["-m", "64", "-h", path]));
+    let guest = Guest::of(&place);
+    // As the section header has it: to the kernel an address, to a shared module an offset.
+    assert_eq!(guest.long(0, 0x800a), KERNBASE + 0x50_0000);
+    assert_eq!(guest.long(1, 0x800a), 0x30_0000);
+    assert_eq!((guest.long(0, 0x800b), guest.long(1, 0x800b)), (24, 24));
+    // A relocatable module's sections are all told of in its headers.
+    assert!(!guest.files[2].contains_key(&0x800a));
+    let header = &guest.files[2][&0x8009][64 * 9..64 * 10];
+    let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
+    assert_eq!(word(32), 16);
+    let array: Vec<u8> = (1..=16).collect();
+    assert_eq!(guest.bytes(word(16), 16), array);
+    // Nothing is made up where there are none.
+    let root = tree(&place);
+    stdout(&boot(&place, &["-m", "64", "-h", root.to_str().unwrap()]));
+    let guest = Guest::of(&place);
+    for absent in [0x800a, 0x800b, 0x9002] {
+        assert!(guest.files.iter().all(|file| !file.contains_key(&absent)));
+    }
 }
 
 #[test]

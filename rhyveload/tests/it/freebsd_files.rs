@@ -115,6 +115,11 @@ fn metadata(entries: &[Meta], base: u64) -> (Vec<u8>, Vec<u64>, Vec<(u64, u64)>)
 
 /// A relocatable module with 100 bytes of text, its metadata, and 0x200 bytes of bss.
 pub fn module(entries: &[Meta]) -> Vec<u8> {
+    module_with(entries, Vec::new())
+}
+
+/// The same with more sections, from section 9 on.
+pub fn module_with(entries: &[Meta], more: Vec<Section>) -> Vec<u8> {
     let (mut data, starts, pointers) = metadata(entries, 0);
     // Zeros until the kernel relocates them.
     for (at, _) in &pointers {
@@ -142,7 +147,7 @@ pub fn module(entries: &[Meta]) -> Vec<u8> {
     };
     let set = vec![0; 8 * starts.len()];
     let mut set_pointers = (0..).step_by(8).zip(starts);
-    let sections = vec![
+    let mut sections = vec![
         of(".text", PROGBITS, 16, vec![0xc3; 100]),
         of(".data", PROGBITS, 8, data),
         Section {
@@ -158,6 +163,7 @@ pub fn module(entries: &[Meta]) -> Vec<u8> {
         },
         of(".strtab", STRTAB, 1, b"\0".to_vec()),
     ];
+    sections.extend(more);
     let mut file = elf(9, 0, &[]);
     file[16..18].copy_from_slice(&1u16.to_le_bytes());
     file[32..40].fill(0);
@@ -170,9 +176,26 @@ pub fn kernel(entries: &[Meta]) -> Vec<u8> {
     kernel_with(entries, &[])
 }
 
+/// The same with constructors, whose section is at 5 MiB.
+pub fn kernel_with_ctors(entries: &[Meta]) -> Vec<u8> {
+    let ctors = Section {
+        name: ".ctors",
+        kind: PROGBITS,
+        addr: KERNBASE + 0x50_0000,
+        align: 8,
+        bytes: vec![0; 24],
+        ..Section::default()
+    };
+    kernel_of(entries, &[], vec![ctors])
+}
+
 /// A shared object of such parts, which counts its addresses from 0 (e_type ET_DYN).
 pub fn shared(entries: &[Meta]) -> Vec<u8> {
-    let mut file = kernel(entries);
+    to_shared(kernel(entries))
+}
+
+/// A kernel as a shared object.
+pub fn to_shared(mut file: Vec<u8>) -> Vec<u8> {
     file[16..18].copy_from_slice(&3u16.to_le_bytes());
     let base = KERNBASE + 0x20_0000;
     // Virtual addresses: of the entry point, the segments, the sections, and in the metadata.
@@ -187,6 +210,10 @@ pub fn shared(entries: &[Meta]) -> Vec<u8> {
 
 /// A kernel with more program headers.
 pub fn kernel_with(entries: &[Meta], more: &[Ph]) -> Vec<u8> {
+    kernel_of(entries, more, Vec::new())
+}
+
+fn kernel_of(entries: &[Meta], more: &[Ph], sections: Vec<Section>) -> Vec<u8> {
     let data_at = KERNBASE + 0x40_0000;
     let (data, starts, _) = metadata(entries, data_at);
     let set_at = data_at + data.len() as u64;
@@ -201,40 +228,38 @@ pub fn kernel_with(entries: &[Meta], more: &[Ph]) -> Vec<u8> {
     let mut file = elf(9, KERNBASE + 0x20_0010, &headers);
     // The segments' bytes lie behind the headers, one behind the other.
     let data_offset = 64 + headers.len() * 56 + 0x80;
-    add_sections(
-        &mut file,
-        vec![
-            Section {
-                name: ".symtab",
-                kind: SYMTAB,
-                align: 8,
-                bytes: (0..24 * 5).collect(),
-                link: 2,
-                ..Section::default()
-            },
-            Section {
-                name: ".strtab",
-                kind: STRTAB,
-                align: 1,
-                bytes: b"\0first\0second\0".to_vec(),
-                ..Section::default()
-            },
-            Section {
-                name: ".data",
-                kind: PROGBITS,
-                addr: data_at,
-                size: data.len() as u64,
-                ..Section::default()
-            },
-            Section {
-                name: "set_modmetadata_set",
-                kind: PROGBITS,
-                addr: set_at,
-                size: set.len() as u64,
-                ..Section::default()
-            },
-        ],
-    );
+    let own = vec![
+        Section {
+            name: ".symtab",
+            kind: SYMTAB,
+            align: 8,
+            bytes: (0..24 * 5).collect(),
+            link: 2,
+            ..Section::default()
+        },
+        Section {
+            name: ".strtab",
+            kind: STRTAB,
+            align: 1,
+            bytes: b"\0first\0second\0".to_vec(),
+            ..Section::default()
+        },
+        Section {
+            name: ".data",
+            kind: PROGBITS,
+            addr: data_at,
+            size: data.len() as u64,
+            ..Section::default()
+        },
+        Section {
+            name: "set_modmetadata_set",
+            kind: PROGBITS,
+            addr: set_at,
+            size: set.len() as u64,
+            ..Section::default()
+        },
+    ];
+    add_sections(&mut file, [own, sections].concat());
     // Sections 3 and 4 are views of the data segment.
     let headers = u64::from_le_bytes(file[40..48].try_into().unwrap()) as usize;
     for (section, offset) in [(3, data_offset), (4, data_offset + data.len())] {

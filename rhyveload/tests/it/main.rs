@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod boot;
 #[cfg(test)]
+mod configuration;
+#[cfg(test)]
 mod disks;
 #[cfg(test)]
 mod elf;
@@ -20,5 +22,7 @@ mod process;
 mod prompt;
 #[cfg(test)]
 mod robustness;
+#[cfg(test)]
+mod ufs_damage;
 #[cfg(test)]
 mod ufs_files;
