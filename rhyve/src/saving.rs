@@ -10,8 +10,8 @@ use std::sync::{Arc, PoisonError};
 use vmm_api::control::Refusal;
 use vmm_api::kvm::{Away, ChipState, KvmVm, host_ns};
 use vmm_api::name::VmName;
-use vmm_api::state::{DeviceState, Phase, RunInfo, StateError, VcpuState, VmState};
-use vmm_api::vm::snapshot;
+use vmm_api::state::{DeviceState, Phase, RunInfo, StateError, VcpuState, VmState, WrittenDisk};
+use vmm_api::vm::{Images, snapshot};
 
 use crate::lifecycle::{self, Lifecycle};
 use crate::machine::Machine;
@@ -209,24 +209,19 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// As [`Machine::save`]; a disk is written to; or the other object cannot be made.
+    /// As [`Machine::save`]; or the other object, or a copy of a disk, cannot be made.
     pub fn snapshot_as(&self, name: &str) -> Result<(), Refusal> {
         let failed = |error: &dyn std::error::Error| Refusal::Failed(crate::chain(error));
         let name: VmName = name.parse().map_err(|e| failed(&e))?;
         let Some((root, stored)) = self.object.get() else {
             return Err(Refusal::Unsupported("a snapshot at the very start".into()));
         };
-        if let Some((at, _)) = self.disks.iter().find(|(_, disk)| !disk.info().read_only) {
-            return Err(Refusal::Unsupported(format!(
-                "a snapshot with a disk that the guest writes to, as at {at}: attach it with ro"
-            )));
-        }
         self.while_frozen(|machine| {
             let mut state = stored.clone();
             machine.rtc.save().store(&mut state);
             machine.saved()?.store(&mut state);
             let memory = machine.ram.look().map_err(|e| failed(&e))?;
-            snapshot(root, &name, "rhyve", &memory, &state).map_err(|e| failed(&e))
+            snapshot(root, &name, "rhyve", &memory, &state, Images::Held).map_err(|e| failed(&e))
         })
     }
 
@@ -289,8 +284,21 @@ impl Machine {
             devices,
             run: RunInfo {
                 at_ns,
+                disks: self.written_disks(),
                 ..self.run.clone()
             },
         })
+    }
+
+    /// The images that the guest writes to; none if one of them has a name that cannot be stored.
+    fn written_disks(&self) -> Option<Vec<WrittenDisk>> {
+        let images = self.disks.iter().filter_map(|(_, disk)| disk.image());
+        let storable = |image: &WrittenDisk| {
+            let paths = [&image.named, &image.path];
+            paths.iter().all(|path| path.to_str().is_some())
+        };
+        images
+            .map(|image| storable(image).then(|| image.clone()))
+            .collect()
     }
 }

@@ -453,12 +453,13 @@ fn rooms(ram: &GuestRam, filling: &Filling) -> Vec<Room> {
     rooms
 }
 
-/// A VM without memory and registers. It remembers where its memory file is, so that the file is
-/// found when it is to be removed.
+/// A VM without memory and registers. It remembers where its memory file and its disks are, so that they
+/// are found when they are to be removed.
 fn emptied(old: &VmState) -> VmState {
     let mut state = VmState::created();
     state.generation = old.generation;
     state.machine.mem_path = old.machine.mem_path.clone();
+    state.machine.disks = old.machine.disks.clone();
     state
 }
 

@@ -32,6 +32,7 @@ mod private;
 
 pub use layout::{HIGHMEM_BASE, LOWMEM_LIMIT, MemSize, MemSizeError, MemoryLayout};
 pub use look::MemFile;
+pub(crate) use look::next_data;
 
 /// Why guest RAM cannot be made, mapped or reached.
 #[derive(Debug, thiserror::Error)]

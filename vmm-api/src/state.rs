@@ -142,6 +142,45 @@ pub struct MachineState {
     /// How it was run when it was suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunInfo>,
+    /// The files that it has for its disks, being a copy of another machine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<OwnDisk>,
+}
+
+/// One disk of a copy, which it has in place of an image: its files are removed with its object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnDisk {
+    /// The image's absolute path, as options say it.
+    pub named: std::path::PathBuf,
+    /// A qcow2 image over `base`, with what this machine has written.
+    pub layer: std::path::PathBuf,
+    /// What was there before, which nobody writes to: a hard link that others of its kind have as well.
+    pub base: std::path::PathBuf,
+    /// Bytes of the disk's logical and physical blocks.
+    pub blocks: (u32, u32),
+}
+
+/// A disk image that a guest may write to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenDisk {
+    /// Its absolute path as the options say it.
+    pub named: std::path::PathBuf,
+    /// The absolute path of what is used: the same, or in a copy of a machine [`OwnDisk::layer`].
+    pub path: std::path::PathBuf,
+    /// How the sectors are in it.
+    pub format: DiskFormat,
+    /// Bytes of the disk's logical and physical blocks.
+    pub blocks: (u32, u32),
+}
+
+/// How an image keeps a disk's sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
 }
 
 /// The command line of the `rhyve` that a suspended machine goes on with.
@@ -154,15 +193,16 @@ pub struct RunInfo {
     /// The host's monotonic clock when the machine was stopped, in nanoseconds.
     #[serde(default)]
     pub at_ns: u64,
+    /// The disk images that its guest may write to; none if they are not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<WrittenDisk>>,
 }
 
 impl RunInfo {
-    /// Whether the guest may write to a disk image, which no other machine is to use then.
-    pub fn writes_disks(&self) -> bool {
-        self.args.iter().any(|arg| {
-            let mut words = arg.split(',');
-            words.any(|word| word == "virtio-blk") && !words.any(|word| word == "ro")
-        })
+    /// Whether there may be disks that are not in `disks`.
+    pub fn has_unknown_disks(&self) -> bool {
+        let named = |arg: &String| arg.split(',').any(|word| word == "virtio-blk");
+        self.disks.is_none() && self.args.iter().any(named)
     }
 
     /// Removes what makes a machine the one it is, where the options name it: its UUID and the addresses

@@ -12,7 +12,7 @@ use vmm_api::regs::Registers;
 use vmm_api::root::Root;
 use vmm_api::state::{BootInfo, Phase, VmState};
 use vmm_api::stats::{VcpuStats, VmStats};
-use vmm_api::vm::{self, LockedVm, Vm, VmError};
+use vmm_api::vm::{self, Images, LockedVm, Vm, VmError};
 
 use crate::error::Error;
 
@@ -390,7 +390,10 @@ impl VcpuAccess for Stored<'_> {
         let locked = lock(self.root, self.vm.name())?;
         let state = locked.load_state()?;
         let memory = locked.open_memory(&state)?;
-        Ok(vm::snapshot(self.root, name, PROGRAM, &memory, &state)?)
+        let images = Images::Free;
+        Ok(vm::snapshot(
+            self.root, name, PROGRAM, &memory, &state, images,
+        )?)
     }
 
     fn boot(&mut self) -> Result<Option<BootInfo>, Error> {

@@ -403,7 +403,9 @@ fn spin(words: &mut Words) {
     if all {
         smp::give(Work::Spin);
     }
+    let mut rounds = 0u64;
     loop {
+        rounds += 1;
         cpu::enable_interrupts();
         core::hint::spin_loop();
         cpu::disable_interrupts();
@@ -417,7 +419,7 @@ fn spin(words: &mut Words) {
     if all {
         smp::give(Work::Sleep);
     }
-    say!("probe: spin ok");
+    say!("probe: spin ok, ", rounds, " rounds");
 }
 
 fn hlt(_: &mut Words) {

@@ -132,6 +132,11 @@ pub trait Backend: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Whether something was written that ends with this process.
+    fn is_fleeting(&self) -> bool {
+        false
+    }
+
     /// The file whose bytes are the disk's, one for one, if there is one that may be read and
     /// written without asking the backend.
     fn plain(&self) -> Option<Plain<'_>> {

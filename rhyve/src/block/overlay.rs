@@ -115,6 +115,11 @@ impl Backend for Overlay {
     fn write_zeroes(&self, extent: Extent, _may_discard: bool) -> io::Result<()> {
         self.clear(extent)
     }
+
+    fn is_fleeting(&self) -> bool {
+        let changed = self.changed.read().unwrap_or_else(PoisonError::into_inner);
+        !changed.pieces.is_empty()
+    }
 }
 
 /// A set of sector numbers.

@@ -4,6 +4,9 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use uuid::Uuid;
+use vmm_api::state::{DiskFormat, OwnDisk, WrittenDisk};
+
 use super::SlotError;
 use super::virtio::transport;
 use crate::virtio::transport::Transport;
@@ -69,6 +72,8 @@ pub struct BlockSpec {
     pub snapshot: bool,
     /// Who moves the bytes.
     pub engine: AioEngine,
+    /// The path in the options, if a copy of a machine has another file in its place.
+    pub in_place_of: Option<PathBuf>,
 }
 
 /// A virtio-blk device.
@@ -152,6 +157,45 @@ impl BlockSpec {
         Ok(true)
     }
 
+    /// Has a copy's own disk in place of the image, for a guest that is not to notice.
+    pub fn replace(&mut self, by: &OwnDisk) {
+        self.serial = Some(self.serial());
+        self.block_size = Some(by.blocks);
+        self.format = Some(ImageFormat::Qcow2);
+        self.in_place_of = Some(std::mem::replace(&mut self.path, by.layer.clone()));
+        if self.engine == AioEngine::IoUring {
+            // Which only a raw image has.
+            self.engine = AioEngine::Auto;
+        }
+    }
+
+    /// The serial number that was given, or one that is the image's path's: the same at every start,
+    /// and another for each disk.
+    pub fn serial(&self) -> String {
+        self.serial.clone().unwrap_or_else(|| {
+            let path = absolute(&self.path);
+            let uuid = Uuid::new_v5(&Uuid::NAMESPACE_URL, path.as_os_str().as_encoded_bytes());
+            let [a, b, c, d, e, f, ..] = uuid.into_bytes();
+            format!("RHYVE-{a:02X}{b:02X}-{c:02X}{d:02X}-{e:02X}{f:02X}")
+        })
+    }
+
+    /// The image, unless the guest cannot write to it; `blocks` are those of the disk.
+    pub fn written(&self, blocks: (u32, u32)) -> Option<WrittenDisk> {
+        if self.read_only || self.snapshot {
+            return None;
+        }
+        Some(WrittenDisk {
+            named: absolute(self.in_place_of.as_ref().unwrap_or(&self.path)),
+            path: absolute(&self.path),
+            format: match self.format() {
+                ImageFormat::Raw => DiskFormat::Raw,
+                ImageFormat::Qcow2 => DiskFormat::Qcow2,
+            },
+            blocks,
+        })
+    }
+
     /// What was said, or what the name says. What is in the image is not asked: a guest can write
     /// anything there.
     pub fn format(&self) -> ImageFormat {
@@ -213,6 +257,10 @@ impl FromStr for BlockSpec {
     }
 }
 
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 fn block_size(text: &str) -> Result<(u32, u32), BlockConfError> {
     let (logical, physical) = text.split_once('/').unwrap_or((text, text));
     let size = |text: &str| {
@@ -255,6 +303,7 @@ mod tests {
             nodelete: true,
             snapshot: true,
             engine: AioEngine::IoUring,
+            in_place_of: None,
         };
         assert_eq!(spec, wanted);
         let plain: BlockSpec = "a.qcow2,sync,aio=threads".parse().unwrap();
@@ -288,6 +337,34 @@ mod tests {
         }
         assert_eq!(err("a,format=vmdk"), BlockConfError::Format("vmdk".into()));
         assert_eq!(err("a,aio=magic"), BlockConfError::Engine("magic".into()));
+    }
+
+    #[test]
+    fn another_file_has_the_same_serial_number_and_blocks() {
+        let mut spec: BlockSpec = "/d/disk.img,aio=io_uring".parse().unwrap();
+        let serial = spec.serial();
+        spec.replace(&OwnDisk {
+            named: "/d/disk.img".into(),
+            layer: "/d/disk.img.copy".into(),
+            base: "/d/disk.img.copy.base".into(),
+            blocks: (512, 4096),
+        });
+        assert_eq!(spec.serial(), serial);
+        assert_eq!(
+            (spec.format(), spec.engine),
+            (ImageFormat::Qcow2, AioEngine::Auto)
+        );
+        let written = WrittenDisk {
+            named: "/d/disk.img".into(),
+            path: "/d/disk.img.copy".into(),
+            format: DiskFormat::Qcow2,
+            blocks: (512, 4096),
+        };
+        assert_eq!(spec.written((512, 4096)), Some(written));
+        for unwritten in ["/d/disk.img,ro", "/d/disk.img,snapshot"] {
+            let spec: BlockSpec = unwritten.parse().unwrap();
+            assert_eq!(spec.written((512, 512)), None);
+        }
     }
 
     #[test]

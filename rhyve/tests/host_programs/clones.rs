@@ -1,12 +1,14 @@
 //! Snapshots of a machine that runs, and clones that share its memory.
 
-use std::os::unix::fs::MetadataExt;
+use std::ops::Range;
+use std::path::Path;
 
 use nix::sys::signal::Signal;
 use vmm_api::root::Root;
 use vmm_api::state::{Phase, StopReason, VmState};
 use vmm_api::vm::Vm;
 
+use crate::disks::{disk, holds, qemu_img};
 use crate::guests::{ask, load, probe};
 use crate::support::{Place, Process};
 
@@ -17,17 +19,6 @@ fn state(place: &Place, name: &str) -> VmState {
     let root = Root::open_at(&place.path("root")).unwrap();
     let vm = Vm::open(&root, &name.parse().unwrap()).unwrap();
     vm.load_state().unwrap()
-}
-
-/// Bytes that a clone has for itself: pages of its process, and of its file.
-fn own(place: &Place, name: &str, clone: &Process) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", clone.pid())).unwrap();
-    let anonymous = status.lines().find_map(|line| {
-        let kib = line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?;
-        kib.parse::<u64>().ok()
-    });
-    let file = std::fs::metadata(place.path("root").join(name).join("mem")).unwrap();
-    anonymous.unwrap() * 1024 + file.blocks() * 512
 }
 
 #[test]
@@ -65,7 +56,7 @@ fn ten_clones_of_one_guest_run_at_once() {
     let all: u64 = names
         .iter()
         .zip(&clones)
-        .map(|(name, clone)| own(&place, name, clone))
+        .map(|(name, clone)| place.own_memory(name, clone))
         .sum();
     let ten_times = 10 * INITRD as u64;
     assert!(all < ten_times / 2, "{all} bytes of {ten_times}");
@@ -115,25 +106,190 @@ fn ten_clones_of_one_guest_run_at_once() {
     assert!(!place.path("root/clone2/base").exists());
 }
 
+/// Has the probe's driver do something, which has to succeed.
+fn blk(guest: &mut Process, commands: &[&str]) {
+    for command in commands {
+        let answer = ask(guest, &format!("blk {command}"));
+        assert!(answer.contains(" ok"), "{command}: {answer}");
+    }
+}
+
+/// The sectors of a qcow2 image, with those of the files below it; whether all of these hold what the
+/// probe writes for their seeds.
+fn layered(place: &Place, image: &Path, sectors: &[(Range<u64>, u64)]) -> bool {
+    qemu_img(&["check", "-q"], &[image], "");
+    let raw = place.path("flat");
+    qemu_img(&["convert", "-O", "raw"], &[image, &raw], "");
+    all_hold(&raw, sectors)
+}
+
+fn all_hold(raw: &Path, sectors: &[(Range<u64>, u64)]) -> bool {
+    let mut sectors = sectors.iter().cloned();
+    sectors.all(|(mut numbers, seed)| numbers.all(|number| holds(raw, number, seed)))
+}
+
 #[test]
-fn disks_that_are_written_to_are_not_copied() {
+fn each_copy_writes_to_a_disk_of_its_own() {
+    for (name, options) in [
+        ("disk.img", ",aio=io_uring"),
+        ("disk.qcow2", ",virtio=modern"),
+    ] {
+        let place = Place::new();
+        let kernel = probe(&place);
+        let image = place.path(name);
+        let qcow2 = name.ends_with("qcow2");
+        if qcow2 {
+            qemu_img(&["create", "-q", "-f", "qcow2"], &[&image], "1M");
+        } else {
+            disk(&place, name);
+        }
+        let files = || {
+            let files = std::fs::read_dir(place.path("")).unwrap();
+            let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<String> = names.filter(|n| n.starts_with("disk")).collect();
+            names.sort();
+            names
+        };
+        let file = |of: &str| place.path(&format!("{name}.{of}"));
+        load(&place, "-m 64M", &kernel);
+        let mut guest = place.start(&format!("-s 2,virtio-blk,{}{options}", image.display()));
+        guest.console.expect("probe> ");
+        blk(&mut guest, &["modern 0", "write 100 8 1"]);
+        place.ok("vmmctl --vm=guest0 --snapshot=snap");
+        blk(
+            &mut guest,
+            &["write 104 8 2", "read 100 4 1", "read 104 8 2"],
+        );
+
+        // Two that write different things, while the first one runs.
+        let start = |vm: &str| Process::start(place.command(&format!("rhyve {vm}")));
+        let mut clones = ["one", "two"].map(|vm| {
+            place.ok(&format!("vmmctl --vm=snap --clone={vm}"));
+            start(vm)
+        });
+        for (clone, seed) in clones.iter_mut().zip(["3", "4"]) {
+            blk(clone, &["read 100 8 1", &format!("write 102 4 {seed}")]);
+        }
+        blk(&mut guest, &["read 104 8 2"]);
+        for (clone, seed) in clones.iter_mut().zip(["3", "4"]) {
+            let reads = ["read 100 2 1", "read 106 2 1", "flush"];
+            blk(clone, &[&format!("read 102 4 {seed}")]);
+            blk(clone, &reads);
+        }
+        // Of a clone that runs, and of one that is suspended.
+        place.ok("vmmctl --vm=two --snapshot=later");
+        place.ok("vmmctl --vm=one --suspend --clone=three");
+        assert_eq!(clones[0].wait().status, Some(1));
+        blk(&mut clones[1], &["write 100 1 5"]);
+
+        // Nobody needs what it was made of.
+        place.ok("vmmctl --vm=snap --destroy");
+        assert!(!file("snap").exists() && !file("snap.base").exists());
+        for (vm, seed) in [("three", "3"), ("later", "4")] {
+            let mut copy = start(vm);
+            let read = format!("read 102 4 {seed}");
+            blk(&mut copy, &[&read, "read 100 2 1", "write 1000 300 6"]);
+            copy.console.send("poweroff");
+            assert_eq!(copy.wait().status, Some(1));
+        }
+        // By options, a copy has its own disk for the image all the same.
+        let run = format!(
+            "rhyve -l com1,stdio -s 2,virtio-blk,{}{options} one",
+            image.display()
+        );
+        let mut again = Process::start(place.command(&run));
+        blk(&mut again, &["read 102 4 3"]);
+        let id = |guest: &mut Process| ask(guest, "blk id");
+        assert_eq!(id(&mut again), id(&mut guest));
+        for guest in [&mut again, &mut clones[1], &mut guest] {
+            guest.console.send("poweroff");
+            assert_eq!(guest.wait().status, Some(1));
+        }
+        // Also when it is loaded anew.
+        load_as(&place, &kernel, "one");
+        let mut again = Process::start(place.command(&run));
+        again.console.expect("probe> ");
+        blk(&mut again, &["modern 0", "read 102 4 3"]);
+        again.console.send("poweroff");
+        assert_eq!(again.wait().status, Some(1));
+
+        let now = [(100..104, 1), (104..112, 2)];
+        if qcow2 {
+            assert!(layered(&place, &image, &now));
+        } else {
+            assert!(all_hold(&image, &now));
+        }
+        let before = [(100..102, 1), (106..108, 1)];
+        for (vm, more) in [
+            ("one", [(102..106, 3), (100..101, 1)]),
+            ("two", [(102..106, 4), (100..101, 5)]),
+            ("three", [(102..106, 3), (1000..1300, 6)]),
+            ("later", [(102..106, 4), (1000..1300, 6)]),
+        ] {
+            assert!(layered(&place, &file(vm), &more), "{vm}");
+            let sectors = if vm == "two" { &before[1..] } else { &before };
+            assert!(vm.len() > 4 || layered(&place, &file(vm), sectors), "{vm}");
+            place.ok(&format!("vmmctl --vm={vm} --destroy"));
+        }
+        assert_eq!(files(), [name]);
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_copied_is_told() {
     let place = Place::new();
     let kernel = probe(&place);
-    let image = place.path("disk.img");
-    std::fs::write(&image, [0; 1 << 20]).unwrap();
-    for (mode, works) in [("", false), (",ro", true)] {
-        load(&place, "-m 64M", &kernel);
-        let mut guest = place.start(&format!("-s 2,virtio-blk,{}{mode}", image.display()));
-        guest.console.expect("probe> ");
-        let snapshot = place.run("vmmctl --vm=guest0 --snapshot=snap");
-        assert_eq!(snapshot.status == Some(0), works, "{snapshot:?}");
-        assert_eq!(snapshot.errors.contains("disk"), !works, "{snapshot:?}");
-        place.ok("vmmctl --vm=guest0 --suspend");
-        guest.wait();
-        let clone = place.run("vmmctl --vm=guest0 --clone=clone");
-        assert_eq!(clone.status == Some(0), works, "{clone:?}");
-        assert_eq!(clone.errors.contains("disk"), !works, "{clone:?}");
+    let image = disk(&place, "disk.img");
+    let refused = |option: &str, why: &str| {
+        let ended = place.run(&format!("vmmctl --vm=guest0 {option}"));
+        assert_eq!(ended.status, Some(1), "{ended:?}");
+        assert!(ended.errors.contains(why), "{ended:?}");
+        assert!(!place.path("root/snap").exists());
+    };
+    // What is in the way stays.
+    load(&place, "-m 64M", &kernel);
+    let mut guest = place.start(&format!("-s 2,virtio-blk,{}", image.display()));
+    guest.console.expect("probe> ");
+    for in_the_way in ["disk.img.snap", "disk.img.snap.base"] {
+        std::fs::write(place.path(in_the_way), "precious").unwrap();
+        refused("--snapshot=snap", "File exists");
+        let kept = std::fs::read_to_string(place.path(in_the_way)).unwrap();
+        assert_eq!(kept, "precious");
+        std::fs::remove_file(place.path(in_the_way)).unwrap();
     }
-    let mut clone = Process::start(place.command("rhyve clone"));
-    assert_eq!(ask(&mut clone, "echo shares a disk"), "shares a disk\r\n");
+    // An image that somebody writes to.
+    place.ok("vmmctl --vm=guest0 --suspend");
+    guest.wait();
+    load_as(&place, &kernel, "other");
+    let other = format!("-s 2,virtio-blk,{} -l com1,stdio other", image.display());
+    let mut other = Process::start(place.command(&format!("rhyve {other}")));
+    other.console.expect("probe> ");
+    for option in ["--snapshot=snap", "--clone=snap"] {
+        refused(option, "has this disk image open for writing");
+        assert!(!place.path("disk.img.snap").exists());
+    }
+    drop(other);
+    place.ok("vmmctl --vm=guest0 --clone=snap");
+    place.ok("vmmctl --vm=snap --destroy");
+
+    // Writes that are in memory only are not there for another process.
+    load(&place, "-m 64M", &kernel);
+    let mut guest = place.start(&format!("-s 2,virtio-blk,{},snapshot", image.display()));
+    guest.console.expect("probe> ");
+    blk(&mut guest, &["modern 0"]);
+    place.ok("vmmctl --vm=guest0 --snapshot=untouched");
+    blk(&mut guest, &["write 7 1 7"]);
+    for option in ["--snapshot=snap", "--suspend"] {
+        refused(option, "is in memory and ends with this process");
+    }
+    blk(&mut guest, &["read 7 1 7"]);
+    guest.console.send("poweroff");
+    assert_eq!(guest.wait().status, Some(1));
+}
+
+/// Loads the probe into a VM beside the first.
+fn load_as(place: &Place, kernel: &Path, name: &str) {
+    let mut load = place.command("rhyveload -m 64M --kernel");
+    load.arg(kernel).arg(name);
+    assert_eq!(Process::start(load).wait().status, Some(0));
 }

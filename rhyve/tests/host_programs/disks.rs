@@ -13,7 +13,7 @@ use crate::support::Place;
 /// Sectors of the disks.
 const SECTORS: u64 = 2048;
 
-fn disk(place: &Place, name: &str) -> PathBuf {
+pub fn disk(place: &Place, name: &str) -> PathBuf {
     let path = place.path(name);
     File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
     path
@@ -26,7 +26,7 @@ fn sector(seed: u64, sector: u64) -> Vec<u8> {
     words.flat_map(u32::to_le_bytes).collect()
 }
 
-fn holds(image: &Path, number: u64, seed: u64) -> bool {
+pub fn holds(image: &Path, number: u64, seed: u64) -> bool {
     let mut found = [0; 512];
     let file = File::open(image).unwrap();
     file.read_exact_at(&mut found, number * 512).unwrap();
@@ -144,7 +144,8 @@ fn what_a_flush_returned_for_is_in_the_image_after_kill_9() {
     }
 }
 
-fn qemu_img(options: &[&str], files: &[&Path], size: &str) {
+/// Runs qemu-img, which has to succeed.
+pub fn qemu_img(options: &[&str], files: &[&Path], size: &str) {
     let mut command = Command::new("qemu-img");
     command.args(options).args(files);
     command.args((!size.is_empty()).then_some(size));

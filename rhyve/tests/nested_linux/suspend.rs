@@ -1,5 +1,6 @@
 //! Linux is stopped in the midst of work and goes on in another process.
 
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -65,4 +66,44 @@ fn a_dd_that_was_suspended_twenty_times_has_its_checksum() {
         assert_eq!(log, "", "{cpus} CPUs");
         ends(&mut guest, "poweroff -f", 1);
     }
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn ten_clones_of_one_booted_guest_answer_at_once() {
+    let place = Place::new();
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 160M", "", "");
+    place.ok("vmmctl --vm=guest0 --snapshot=booted");
+    assert_eq!(shell(&mut guest, "echo on"), "on");
+    ends(&mut guest, "poweroff -f", 1);
+
+    let names: Vec<String> = (0..10).map(|n| format!("clone{n}")).collect();
+    let mut clones: Vec<Process> = Vec::new();
+    for name in &names {
+        place.ok(&format!("vmmctl --vm=booted --clone={name}"));
+        clones.push(Process::start(place.command(&format!("rhyve {name}"))));
+    }
+    for (name, clone) in names.iter().zip(&mut clones) {
+        let told = format!("echo {name} >/tmp/name; cat /tmp/name");
+        assert_eq!(shell(clone, &told), *name);
+    }
+    // Each has written its own, and all are there.
+    for (name, clone) in names.iter().zip(&mut clones) {
+        assert!(clone.is_running());
+        assert_eq!(shell(clone, "cat /tmp/name"), *name);
+    }
+    let shared = std::fs::metadata(place.path("root/booted/base")).unwrap();
+    let shared = shared.blocks() * 512;
+    let own = names.iter().zip(&clones);
+    let own: u64 = own.map(|(name, clone)| place.own_memory(name, clone)).sum();
+    eprintln!(
+        "one guest: {} KiB, ten clones: {} KiB more",
+        shared >> 10,
+        own >> 10
+    );
+    assert!(shared > 30 << 20, "{shared} bytes");
+    assert!(
+        shared + own < 10 * shared / 3,
+        "{own} bytes beside {shared}"
+    );
 }

@@ -2,7 +2,7 @@
 //! into. Whatever a test starts ends with it, and whatever it waits for is bounded in time.
 
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -113,6 +113,17 @@ impl Place {
     /// Starts rhyve with these options and its first serial port as the process's console.
     pub fn start(&self, options: &str) -> Process {
         Process::start(self.command(&format!("rhyve {options} -l com1,stdio {VM}")))
+    }
+
+    /// Bytes that a clone has for itself: pages of its process, and of its file.
+    pub fn own_memory(&self, name: &str, clone: &Process) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", clone.pid())).unwrap();
+        let anonymous = status.lines().find_map(|line| {
+            let kib = line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?;
+            kib.parse::<u64>().ok()
+        });
+        let file = std::fs::metadata(self.path("root").join(name).join("mem")).unwrap();
+        anonymous.unwrap() * 1024 + file.blocks() * 512
     }
 
     pub fn vm(&self) -> Vm {

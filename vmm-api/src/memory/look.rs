@@ -146,7 +146,7 @@ impl MemFile {
 }
 
 /// The next range between two offsets of a file that is not a hole.
-pub(super) fn next_data(file: &File, from: u64, to: u64) -> Result<Option<Range<u64>>, Errno> {
+pub(crate) fn next_data(file: &File, from: u64, to: u64) -> Result<Option<Range<u64>>, Errno> {
     let seek = |from: u64, whence| {
         let from = i64::try_from(from).unwrap_or(i64::MAX);
         nix::unistd::lseek(file, from, whence).map(|at| at as u64)

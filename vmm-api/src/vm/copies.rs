@@ -2,7 +2,8 @@
 //!
 //! The memory file of an object that is cloned becomes a base, which nobody changes any more: a hard link
 //! to it is in the directory of each clone and of the original, beside a sparse file with the pages that
-//! each of them has written since. The base is there as long as one of them is.
+//! each of them has written since. The base is there as long as one of them is. Disks that are written to
+//! are copied in the same way ([`disks`](super::disks)).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,53 +12,45 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, renameat};
 use nix::unistd::linkat;
 
-use super::{BASE, LockedVm, MEMORY, MEMORY_NEW, MemorySetup, Vm, VmError, errno};
+use super::{BASE, Images, LockedVm, MEMORY, MEMORY_NEW, MemorySetup, Vm, VmError, errno};
 use crate::memory::{MemFile, MemoryError};
 use crate::name::VmName;
 use crate::root::Root;
-use crate::state::{Phase, RunInfo, VmState};
+use crate::state::{Phase, VmState};
 
 const PAGE: usize = 4096;
 
-const DISKS: &str =
-    "its guest writes to a disk, which two machines cannot share; attach it with ro";
-
-fn writes_disks(state: &VmState) -> bool {
-    state
-        .machine
-        .run
-        .as_ref()
-        .is_some_and(RunInfo::writes_disks)
-}
-
-/// Makes an object with a copy of `memory`, without pages of zeros, in this state.
+/// Makes an object with a copy of `memory`, without pages of zeros, in this state, and with copies of the
+/// disks that its guest writes to.
 ///
 /// # Errors
 ///
-/// There is one of this name, or there is no room for another memory: nothing is left of it then.
+/// There is one of this name, there is no room for another memory or disk, or a disk is none that can
+/// be copied: nothing is left of it then.
 pub fn snapshot(
     root: &Root,
     name: &VmName,
     program: &str,
     memory: &MemFile,
     state: &VmState,
+    images: Images,
 ) -> Result<(), VmError> {
-    if writes_disks(state) {
-        return Err(VmError::NotCloned {
-            name: name.clone(),
-            why: DISKS,
-        });
-    }
     let mut copy = Vm::create(root, name, program)?;
-    let filled = fill(&mut copy, memory, state);
+    let filled = fill(&mut copy, memory, state, images);
     if filled.is_err() {
         copy.destroy()?;
     }
     filled
 }
 
-fn fill(copy: &mut LockedVm, memory: &MemFile, state: &VmState) -> Result<(), VmError> {
-    let mut state = of_its_own(state);
+fn fill(
+    copy: &mut LockedVm,
+    memory: &MemFile,
+    from: &VmState,
+    images: Images,
+) -> Result<(), VmError> {
+    let mut state = of_its_own(from);
+    copy.copy_disks(from, &mut state, images)?;
     let setup = MemorySetup {
         layout: memory.layout(),
         ..MemorySetup::default()
@@ -82,7 +75,8 @@ impl LockedVm {
     ///
     /// # Errors
     ///
-    /// Nothing is loaded or suspended here, the memory is elsewhere, or there is an object of this name.
+    /// Nothing is loaded or suspended here, the memory is elsewhere, a disk that is written to is none
+    /// that can be copied, or there is an object of this name.
     pub fn clone_to(&self, root: &Root, name: &VmName, program: &str) -> Result<(), VmError> {
         let state = self.load_state()?;
         let not = |why| VmError::NotCloned {
@@ -97,9 +91,6 @@ impl LockedVm {
                     "its guest has ended; load it again, or suspend a running one",
                 ));
             }
-        }
-        if writes_disks(&state) {
-            return Err(not(DISKS));
         }
         if state.machine.mem_path.is_some() {
             return Err(not(
@@ -148,7 +139,9 @@ impl LockedVm {
         let own = MemFile::new(own, state.machine.memory);
         let copied = own.and_then(|own| own.pieces(|bytes, at| write(&to, bytes, at)));
         copied.map_err(|source| copy.memory_error(source))?;
-        copy.store(&mut of_its_own(state))
+        let mut own = of_its_own(state);
+        copy.copy_disks(state, &mut own, Images::Free)?;
+        copy.store(&mut own)
     }
 }
 

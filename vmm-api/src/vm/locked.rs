@@ -248,7 +248,8 @@ impl LockedVm {
         self.remove(REPORT)
     }
 
-    /// libvmmapi's vm_destroy: removes the object and all that is in it.
+    /// libvmmapi's vm_destroy: removes the object and all that is in it, and the disks that a copy of a
+    /// machine has of its own.
     ///
     /// # Errors
     ///
@@ -256,6 +257,7 @@ impl LockedVm {
     pub fn destroy(self) -> Result<(), VmError> {
         if let Ok(state) = self.load_state() {
             self.remove_memory(&state)?;
+            self.remove_disks(&state)?;
         }
         let dir_error = |e| self.io("read", "", e);
         let mut dir =

@@ -14,9 +14,12 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
 mod copies;
+mod disks;
+mod layer;
 mod locked;
 
 pub use self::copies::snapshot;
+pub use self::disks::Images;
 pub use self::locked::{LockedVm, MemorySetup};
 use crate::lock;
 pub use crate::lock::Holder;
@@ -71,6 +74,23 @@ pub enum VmError {
         name: VmName,
         /// Why not, and what to do.
         why: &'static str,
+    },
+    /// What disks its guest writes to was not stored.
+    #[error("which disks the guest writes to is not known: run the VM and suspend it again")]
+    UnknownDisks,
+    /// A disk that is written to is no file.
+    #[error("{}: only regular files are copied, so a machine that writes to this disk is not; attach it with ro", .0.display())]
+    NotAFile(PathBuf),
+    /// Somebody else writes to a disk.
+    #[error("{}: another VM or program has this disk image open for writing", .0.display())]
+    ImageInUse(PathBuf),
+    /// A disk image is not what it should be.
+    #[error("{}: this disk cannot be copied", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        source: std::io::Error,
     },
     /// The memory is larger than the file system.
     #[error("vm_setup_memory({segment}): Cannot allocate memory: {needed} MiB, but {} holds {available} MiB in all", path.display())]

@@ -1,10 +1,10 @@
 //! Objects from create to destroy.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use super::*;
 use crate::memory::{MemSize, MemoryLayout};
-use crate::state::{Phase, StopReason};
+use crate::state::{DiskFormat, OwnDisk, Phase, RunInfo, StopReason, WrittenDisk};
 
 struct Place {
     root: Root,
@@ -212,9 +212,9 @@ fn clones_and_snapshots_are_whole_objects() {
     vm.store(&mut state).unwrap();
 
     let memory = vm.open_memory(&state).unwrap();
-    snapshot(root, &named("snap"), "test", &memory, &state).unwrap();
+    snapshot(root, &named("snap"), "test", &memory, &state, Images::Free).unwrap();
     assert!(matches!(
-        snapshot(root, &named("snap"), "test", &memory, &state),
+        snapshot(root, &named("snap"), "test", &memory, &state, Images::Free),
         Err(VmError::Exists(_))
     ));
     for copy in ["one", "two"] {
@@ -256,4 +256,131 @@ fn clones_and_snapshots_are_whole_objects() {
     one.setup_memory(&mut state, &setup(1 << 20)).unwrap();
     assert!(!one.is_clone().unwrap());
     assert_eq!(&seen("three"), b"writes");
+}
+
+/// A suspended object whose guest writes to these disks.
+fn suspended(root: &Root, name: &VmName, disks: Option<Vec<WrittenDisk>>) -> LockedVm {
+    let mut vm = Vm::create(root, name, "test").unwrap();
+    let mut state = vm.load_state().unwrap();
+    vm.setup_memory(&mut state, &setup(1 << 20)).unwrap();
+    state.phase = Phase::Suspended;
+    state.machine.run = Some(RunInfo {
+        args: vec!["-s".into(), "2,virtio-blk,disk".into()],
+        disks,
+        ..RunInfo::default()
+    });
+    vm.store(&mut state).unwrap();
+    vm
+}
+
+#[test]
+fn copies_have_disks_of_their_own_until_they_are_destroyed() {
+    let Place { root, _tmp: tmp } = &place();
+    let path = |name: &str| tmp.path().join(name);
+    let named = |name: &str| name.parse::<VmName>().unwrap();
+    // Larger than what a file system allocates at once, with a hole, and with an odd end.
+    let image = std::fs::File::create(path("disk")).unwrap();
+    image.set_len((4 << 20) + 100).unwrap();
+    image.write_all_at(&[7; 5000], 3 << 20).unwrap();
+    let disk = WrittenDisk {
+        named: path("disk"),
+        path: path("disk"),
+        format: DiskFormat::Raw,
+        blocks: (512, 4096),
+    };
+    let vm = suspended(root, &name(), Some(vec![disk]));
+    vm.clone_to(root, &named("one"), "test").unwrap();
+    image.write_all_at(&[8; 5000], 3 << 20).unwrap();
+
+    let base = std::fs::File::open(path("disk.one.base")).unwrap();
+    let mut bytes = [0; 5000];
+    base.read_exact_at(&mut bytes, 3 << 20).unwrap();
+    assert_eq!(bytes, [7; 5000]);
+    assert!(base.metadata().unwrap().blocks() * 512 < 64 << 10);
+    assert_eq!(base.metadata().unwrap().mode() & 0o777, 0o400);
+    let layer = || std::fs::File::open(path("disk.one")).unwrap();
+    assert_eq!(layer::size(&layer()).unwrap(), 4 << 20);
+    let below = layer::below(&layer()).unwrap();
+    assert_eq!(below.as_deref(), Some("disk.one.base"));
+
+    // A copy of a copy: the base is the same file, what was written since is copied.
+    let mut one = Vm::open(root, &named("one")).unwrap().lock("test").unwrap();
+    let mut state = one.load_state().unwrap();
+    let own = OwnDisk {
+        named: path("disk"),
+        blocks: (512, 4096),
+        layer: path("disk.one"),
+        base: path("disk.one.base"),
+    };
+    assert_eq!(state.machine.disks, [own]);
+    let run = state.machine.run.as_ref().unwrap();
+    let used = &run.disks.as_ref().unwrap()[0];
+    assert_eq!(
+        (&used.named, &used.path, used.format),
+        (&path("disk"), &path("disk.one"), DiskFormat::Qcow2)
+    );
+    let write = std::fs::OpenOptions::new()
+        .write(true)
+        .open(path("disk.one"))
+        .unwrap();
+    write.write_all_at(b"written", 1 << 20).unwrap();
+    let memory = one.open_memory(&state).unwrap();
+    snapshot(root, &named("two"), "test", &memory, &state, Images::Free).unwrap();
+    let ino = |name: &str| std::fs::metadata(path(name)).unwrap().ino();
+    assert_eq!(ino("disk.one.base"), ino("disk.two.base"));
+    let two = std::fs::File::open(path("disk.two")).unwrap();
+    let mut bytes = [0; 7];
+    two.read_exact_at(&mut bytes, 1 << 20).unwrap();
+    assert_eq!(&bytes, b"written");
+    assert_eq!(
+        layer::below(&two).unwrap().as_deref(),
+        Some("disk.two.base")
+    );
+
+    // What the loader does to an object leaves it its disks.
+    state.machine.run = None;
+    state.phase = Phase::Loaded;
+    one.store(&mut state).unwrap();
+    one.destroy().unwrap();
+    assert!(!path("disk.one").exists() && !path("disk.one.base").exists());
+    assert!(path("disk.two.base").exists() && path("disk").exists());
+}
+
+#[test]
+fn what_is_no_file_of_ones_own_is_not_copied() {
+    let Place { root, _tmp: tmp } = &place();
+    let path = tmp.path().join("disk");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let refusal = |disks: Option<Vec<(&Path, DiskFormat)>>| {
+        let disks = disks.map(|disks| {
+            let disks = disks.iter().map(|&(path, format)| WrittenDisk {
+                named: path.to_owned(),
+                path: path.to_owned(),
+                format,
+                blocks: (512, 512),
+            });
+            disks.collect()
+        });
+        let vm = suspended(root, &name(), disks);
+        let refused = vm.clone_to(root, &"copy".parse().unwrap(), "test");
+        vm.destroy().unwrap();
+        let files = std::fs::read_dir(tmp.path()).unwrap().count();
+        assert_eq!(files, 2, "nothing is left but the root and the disk");
+        assert_eq!(root.list().unwrap(), []);
+        refused.unwrap_err()
+    };
+    let raw = DiskFormat::Raw;
+    assert!(matches!(refusal(None), VmError::UnknownDisks));
+    // A device, behind a link.
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+    let device = refusal(Some(vec![(&path, raw)]));
+    assert!(matches!(device, VmError::NotAFile(_)), "{device}");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let gone = tmp.path().join("gone");
+    let missing = refusal(Some(vec![(&path, raw), (&gone, raw)]));
+    assert!(missing.to_string().contains("find this disk"), "{missing}");
+    let no_image = refusal(Some(vec![(&path, DiskFormat::Qcow2)]));
+    assert!(matches!(no_image, VmError::Disk { .. }), "{no_image}");
 }

@@ -385,13 +385,13 @@ impl CommandFactory for Cli {
                     .visible_alias("checkpoint")
                     .value_name("NAME")
                     .help_heading(CONTROL)
-                    .help("Make a VM of this name that is as this one is now, and goes on from there; this one goes on as well"),
+                    .help("Make a VM of this name that is as this one is now, with copies of its memory and of the disks that its guest writes to, and goes on from there; this one goes on as well"),
             )
             .arg(
                 value("clone", clap::value_parser!(VmName))
                     .value_name("NAME")
                     .help_heading(CONTROL)
-                    .help("Make a VM of this name that shares the memory of this one, loaded or suspended, until one of them writes to it"),
+                    .help("Make a VM of this name that shares the memory of this one, loaded or suspended, until one of them writes to it, and has disks of its own"),
             )
             .arg(value("unassign-pptdev", clap::value_parser!(String)).value_name("BUS/SLOT/FUNC").hide(true))
             .arg(value("desc-base", number::parse).value_name("VALUE").hide(true))

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -17,6 +17,10 @@ use super::sample::Sample;
 const CALLS: u32 = 2000;
 /// Processes of each kind.
 const PROCESSES: u32 = 100;
+/// How often the registers are asked for while it is measured what that costs the guest, in a second.
+const RATE: u32 = 100;
+/// How long the guest spins, asked or not, before it tells how far it came.
+const WINDOW: Duration = Duration::from_secs(2);
 
 /// What was measured.
 #[derive(Debug, Serialize)]
@@ -31,6 +35,19 @@ pub struct Control {
     pub suspend_ms: Sample,
     /// From the start of `rhyve` to the guest's answer on its console.
     pub resume_ms: Sample,
+    /// `vmmctl --snapshot` of the machine while it runs.
+    pub snapshot_ms: Sample,
+    /// From the start of `vmmctl --clone` to the first entry into the clone.
+    pub clone_entry_ms: Sample,
+    /// From there to the clone's answer on its console.
+    pub clone_answer_ms: Sample,
+    /// What the guest's loop loses to 100 questions for all registers in a second, over one connection;
+    /// percent.
+    pub asked_cost_percent: Sample,
+    /// The same with 100 processes `vmmctl --get-all` in a second, or as many as there can be.
+    pub get_all_cost_percent: Sample,
+    /// How many of those there were in a second.
+    pub get_all_rate: Sample,
 }
 
 /// Measures all of it.
@@ -73,6 +90,42 @@ pub fn measure(programs: &Path, probe: &Path, runs: u32) -> Result<Control, Box<
             resume.push(milliseconds(start.elapsed()));
         }
     }
+    vmmctl("--snapshot=warm")?;
+    let mut snapshots = Vec::new();
+    for _ in 0..runs {
+        time(program("vmmctl").args(["--vm=warm", "--destroy"]))?;
+        snapshots.push(milliseconds(vmmctl("--snapshot=warm")?));
+    }
+    let (mut entries, mut answers) = (Vec::new(), Vec::new());
+    for run in 0..=runs {
+        let (entry, answer) = clone(&program, run)?;
+        if run != 0 {
+            entries.push(milliseconds(entry));
+            answers.push(milliseconds(answer));
+        }
+    }
+
+    let socket = root.join("bench/control.sock");
+    let mut asking = Connection::open(&socket)?;
+    let (mut asked, mut processes_asked, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    for run in 0..=runs.div_ceil(4) {
+        // Undisturbed before and after, for a machine with other work is not the same all the time.
+        let before = rounds(&mut guest, || Ok(()))?;
+        let with_calls = rounds(&mut guest, || asking.registers())?;
+        let mut count = 0_u32;
+        let with_processes = rounds(&mut guest, || {
+            count += 1;
+            vmmctl("--get-all").map(drop)
+        })?;
+        let after = rounds(&mut guest, || Ok(()))?;
+        let cost = |rate: f64| 100.0 * (1.0 - 2.0 * rate / (before + after));
+        if run != 0 {
+            asked.push(cost(with_calls));
+            processes_asked.push(cost(with_processes));
+            rates.push(f64::from(count) / WINDOW.as_secs_f64());
+        }
+    }
+
     guest.send("spin")?;
     guest.expect("spin\r\n")?;
     let processes = |option: &str| -> Result<Sample, Box<dyn Error>> {
@@ -80,38 +133,121 @@ pub fn measure(programs: &Path, probe: &Path, runs: u32) -> Result<Control, Box<
         Ok(runs.collect::<Result<Vec<_>, Box<dyn Error>>>()?.into())
     };
     Ok(Control {
-        registers_us: calls(&root.join("bench/control.sock"))?.into(),
+        registers_us: asking.times(CALLS)?.into(),
         get_all_ms: processes("--get-all")?,
         backtrace_ms: processes("--bt")?,
         suspend_ms: suspend.into(),
         resume_ms: resume.into(),
+        snapshot_ms: snapshots.into(),
+        clone_entry_ms: entries.into(),
+        clone_answer_ms: answers.into(),
+        asked_cost_percent: asked.into(),
+        get_all_cost_percent: processes_asked.into(),
+        get_all_rate: rates.into(),
     })
+}
+
+/// Clones the snapshot and runs the clone: how long it is to the first entry, and to an answer.
+fn clone(
+    program: &impl Fn(&str) -> Command,
+    run: u32,
+) -> Result<(Duration, Duration), Box<dyn Error>> {
+    let name = format!("clone{run}");
+    let start = Instant::now();
+    time(program("vmmctl").args(["--vm=warm", &format!("--clone={name}")]))?;
+    let mut rhyve = program("rhyve");
+    // The options that the first one had, and what tells of the first entry.
+    rhyve.args(["--trace", "rhyve::start=debug", "-l", "com1,stdio", &name]);
+    rhyve.stderr(Stdio::piped());
+    let mut clone = Monitor::start(rhyve)?;
+    let mut told = BufReader::new(clone.errors().ok_or("a monitor has no standard error")?);
+    let mut line = String::new();
+    while !line.contains("first entry") {
+        line.clear();
+        if told.read_line(&mut line)? == 0 {
+            return Err("a clone does not start".into());
+        }
+    }
+    let entry = start.elapsed();
+    clone.send(&format!("echo here-{run}"))?;
+    clone.expect(&format!("\nhere-{run}"))?;
+    let answer = start.elapsed();
+    drop(clone);
+    time(program("vmmctl").args([&format!("--vm={name}"), "--destroy"]))?;
+    Ok((entry, answer))
+}
+
+/// Has the guest spin while `disturb` is called 100 times a second: rounds of its loop in a second.
+fn rounds(
+    guest: &mut Monitor,
+    mut disturb: impl FnMut() -> Result<(), Box<dyn Error>>,
+) -> Result<f64, Box<dyn Error>> {
+    guest.send("spin")?;
+    guest.expect("any key ends it\r\n")?;
+    let start = Instant::now();
+    let mut next = start;
+    while start.elapsed() < WINDOW {
+        disturb()?;
+        next += Duration::from_secs(1) / RATE;
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    let text = guest.ask("", " rounds\r\n")?;
+    let time = start.elapsed();
+    let (_, rounds) = text
+        .split_once("spin ok, ")
+        .ok_or("the guest's loop does not end")?;
+    let rounds = rounds.split(' ').next().unwrap_or_default();
+    Ok(rounds.parse::<f64>()? / time.as_secs_f64())
 }
 
 fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Asks for all registers again and again, as vmm-api's client does; microseconds.
-fn calls(socket: &Path) -> Result<Vec<f64>, Box<dyn Error>> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let mut lines = BufReader::new(stream.try_clone()?);
-    let mut line = String::new();
-    lines.read_line(&mut line)?;
-    let mut times = Vec::new();
-    for id in 0..CALLS {
+/// A connection to the control socket, as vmm-api's client has it.
+struct Connection {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+    next: u32,
+}
+
+impl Connection {
+    fn open(socket: &Path) -> Result<Self, Box<dyn Error>> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut lines = BufReader::new(stream.try_clone()?);
+        lines.read_line(&mut String::new())?;
+        Ok(Self {
+            stream,
+            lines,
+            next: 1,
+        })
+    }
+
+    /// Asks for all registers.
+    fn registers(&mut self) -> Result<(), Box<dyn Error>> {
+        let id = self.next;
+        self.next += 1;
         let call = format!("{{\"id\":{id},\"request\":{{\"registers\":{{\"vcpu\":0}}}}}}\n");
-        let start = Instant::now();
-        stream.write_all(call.as_bytes())?;
-        line.clear();
-        lines.read_line(&mut line)?;
-        times.push(start.elapsed().as_secs_f64() * 1e6);
-        if !line.contains("\"ok\"") {
-            return Err(format!("the control socket answers {line}").into());
+        self.stream.write_all(call.as_bytes())?;
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        if line.contains("\"ok\"") {
+            Ok(())
+        } else {
+            Err(format!("the control socket answers {line}").into())
         }
     }
-    Ok(times)
+
+    /// How long that takes, this many times; microseconds.
+    fn times(&mut self, calls: u32) -> Result<Vec<f64>, Box<dyn Error>> {
+        let time = |_| {
+            let start = Instant::now();
+            self.registers()?;
+            Ok(start.elapsed().as_secs_f64() * 1e6)
+        };
+        (0..calls).map(time).collect()
+    }
 }
 
 /// The value that 99 of 100 are not above.
@@ -136,6 +272,24 @@ impl Control {
             ("vmmctl --bt", &self.backtrace_ms, "ms"),
             ("vmmctl --suspend, 512 MiB, 64 used", &self.suspend_ms, "ms"),
             ("rhyve again, to the guest's answer", &self.resume_ms, "ms"),
+            (
+                "vmmctl --snapshot, of a running VM",
+                &self.snapshot_ms,
+                "ms",
+            ),
+            ("clone, to its first entry", &self.clone_entry_ms, "ms"),
+            ("clone, to its answer", &self.clone_answer_ms, "ms"),
+            (
+                "cost of all registers, 100 times a second",
+                &self.asked_cost_percent,
+                "%",
+            ),
+            (
+                "cost of vmmctl --get-all, likewise",
+                &self.get_all_cost_percent,
+                "%",
+            ),
+            ("  of which there were", &self.get_all_rate, "1/s"),
         ] {
             let (median, p99, max) = (sample.median, p99(sample), sample.max);
             // Writing to a String cannot fail.

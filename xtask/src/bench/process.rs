@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fs;
 use std::io::{Read, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -63,6 +63,11 @@ impl Monitor {
         let input = self.input.as_mut().ok_or("a monitor has no input")?;
         input.write_all(format!("{line}\r").as_bytes())?;
         Ok(input.flush()?)
+    }
+
+    /// Its standard error, if that is a pipe and was not taken yet.
+    pub fn errors(&mut self) -> Option<ChildStderr> {
+        self.child.stderr.take()
     }
 
     /// Waits for its end.

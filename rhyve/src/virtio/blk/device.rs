@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
-use vmm_api::state::{DeviceState, StateError};
+use vmm_api::state::{DeviceState, StateError, WrittenDisk};
 
 use super::config::{self, feature};
 use super::inspect;
@@ -61,6 +60,7 @@ pub(super) struct Shared {
 pub struct Blk {
     shared: Arc<Shared>,
     engine: Engine,
+    image: Option<WrittenDisk>,
     queue_sizes: Vec<u16>,
     generation: AtomicU8,
     running: Mutex<Running>,
@@ -85,6 +85,7 @@ impl Blk {
         queues: u16,
     ) -> Result<Arc<Self>, BlockError> {
         let engine = Engine::choose(spec, &*backend)?;
+        let info = backend.info();
         Ok(Arc::new(Self {
             shared: Arc::new(Shared {
                 backend,
@@ -95,6 +96,7 @@ impl Blk {
                 counters: Counters::default(),
             }),
             engine,
+            image: spec.written((info.logical, info.physical)),
             queue_sizes: vec![config::QUEUE_SIZE; queues.into()],
             generation: AtomicU8::new(0),
             running: Mutex::default(),
@@ -104,6 +106,11 @@ impl Blk {
     /// Who moves its bytes.
     pub fn engine(&self) -> Engine {
         self.engine
+    }
+
+    /// Its image, if the guest may write to it.
+    pub fn image(&self) -> Option<&WrittenDisk> {
+        self.image.as_ref()
     }
 
     /// What it has done so far.
@@ -283,6 +290,13 @@ impl Lifecycle for Blk {
     }
 
     fn save(&self) -> Result<DeviceState, String> {
+        if self.shared.backend.is_fleeting() {
+            let label = &self.shared.label;
+            return Err(format!(
+                "what was written to {label} is in memory and ends with this process, as `snapshot` \
+                 says: leave that out"
+            ));
+        }
         let saved = Saved {
             capacity: self.info().capacity,
             writeback: self.shared.writeback.load(Ordering::SeqCst),
@@ -322,15 +336,9 @@ impl QueueReset for Blk {
     }
 }
 
-/// The serial number that was given, or one that is the image's path's: the same at every start, and
-/// another for each disk.
+/// The serial number as a driver reads it.
 fn id(spec: &BlockSpec) -> [u8; ID_LEN] {
-    let text = spec.serial.clone().unwrap_or_else(|| {
-        let path = std::path::absolute(&spec.path).unwrap_or_else(|_| spec.path.clone());
-        let uuid = Uuid::new_v5(&Uuid::NAMESPACE_URL, path.as_os_str().as_encoded_bytes());
-        let [a, b, c, d, e, f, ..] = uuid.into_bytes();
-        format!("RHYVE-{a:02X}{b:02X}-{c:02X}{d:02X}-{e:02X}{f:02X}")
-    });
+    let text = spec.serial();
     let mut id = [0; ID_LEN];
     for (to, from) in id.iter_mut().zip(text.bytes()) {
         *to = from;
