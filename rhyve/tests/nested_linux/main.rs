@@ -235,9 +235,10 @@ fn without_acpi_the_mptable_does_and_the_keyboard_controller_resets() {
 
 #[test]
 #[ignore = "nested lane"]
-fn a_forced_triple_fault_is_told() {
+fn ten_clones_run_at_once_and_a_forced_triple_fault_is_told() {
     let place = Place::new();
-    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "reboot=t", "-Y");
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 160M", "reboot=t", "-Y");
+    suspend::clone_ten_times(&place, &mut guest);
     let ended = ends(&mut guest, "reboot -f", 3);
     let told = "rhyve: guest0: triple fault";
     assert!(ended.errors.contains(told), "{ended:?}");
