@@ -20,7 +20,7 @@ const PROCESSES: u32 = 100;
 /// How often the registers are asked for while it is measured what that costs the guest, in a second.
 const RATE: u32 = 100;
 /// How long the guest spins, asked or not, before it tells how far it came.
-const WINDOW: Duration = Duration::from_secs(2);
+const WINDOW: Duration = Duration::from_millis(250);
 
 /// What was measured.
 #[derive(Debug, Serialize)]
@@ -108,7 +108,7 @@ pub fn measure(programs: &Path, probe: &Path, runs: u32) -> Result<Control, Box<
     let socket = root.join("bench/control.sock");
     let mut asking = Connection::open(&socket)?;
     let (mut asked, mut processes_asked, mut rates) = (Vec::new(), Vec::new(), Vec::new());
-    for run in 0..=runs.div_ceil(4) {
+    for run in 0..=2 * runs {
         // Undisturbed before and after, for a machine with other work is not the same all the time.
         let before = rounds(&mut guest, || Ok(()))?;
         let with_calls = rounds(&mut guest, || asking.registers())?;
@@ -177,14 +177,15 @@ fn clone(
     Ok((entry, answer))
 }
 
-/// Has the guest spin while `disturb` is called 100 times a second: rounds of its loop in a second.
+/// Has the guest spin while `disturb` is called 100 times a second: rounds of its loop in a second. The
+/// time in which its thread has to wait for a processor is that of other programs, and does not count.
 fn rounds(
     guest: &mut Monitor,
     mut disturb: impl FnMut() -> Result<(), Box<dyn Error>>,
 ) -> Result<f64, Box<dyn Error>> {
     guest.send("spin")?;
     guest.expect("any key ends it\r\n")?;
-    let start = Instant::now();
+    let (start, waited) = (Instant::now(), guest.waited("vcpu-0")?);
     let mut next = start;
     while start.elapsed() < WINDOW {
         disturb()?;
@@ -192,7 +193,8 @@ fn rounds(
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     let text = guest.ask("", " rounds\r\n")?;
-    let time = start.elapsed();
+    let waited = guest.waited("vcpu-0")?.saturating_sub(waited);
+    let time = start.elapsed().saturating_sub(waited);
     let (_, rounds) = text
         .split_once("spin ok, ")
         .ok_or("the guest's loop does not end")?;

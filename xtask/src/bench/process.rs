@@ -106,6 +106,22 @@ impl Monitor {
         Ok(String::from_utf8_lossy(&self.text).into_owned())
     }
 
+    /// How long its thread of this name was ready to run, but no processor was free (Linux'
+    /// Documentation/scheduler/sched-stats.rst).
+    pub fn waited(&self, thread: &str) -> Result<Duration, Box<dyn Error>> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let task = task?.path();
+            if fs::read_to_string(task.join("comm"))?.trim() != thread {
+                continue;
+            }
+            let stats = fs::read_to_string(task.join("schedstat"))?;
+            let waited = stats.split_whitespace().nth(1);
+            let waited = waited.ok_or("the kernel keeps no schedstat")?;
+            return Ok(Duration::from_nanos(waited.parse()?));
+        }
+        Err(format!("there is no thread {thread}").into())
+    }
+
     /// Resident memory in MiB that is not guest RAM: every mapping's pages in full, those of shared
     /// libraries as well, but not those of mappings that `is_ram` recognizes.
     pub fn resident_mib(
@@ -194,6 +210,20 @@ mod tests {
                 mapping("", 132, 12)
             ]
         );
+    }
+
+    #[test]
+    fn a_threads_wait_is_read() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "while :; do :; done"]);
+        let monitor = Monitor::start(command).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        // Until it has become the shell.
+        while monitor.waited("sh").is_err() {
+            assert!(Instant::now() < deadline);
+        }
+        assert!(monitor.waited("sh").unwrap() < PATIENCE);
+        assert!(monitor.waited("vcpu-0").is_err());
     }
 
     #[test]
