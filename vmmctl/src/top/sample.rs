@@ -1,6 +1,7 @@
 //! What `top` knows of the VMs: taken once a period, made into rates by the one before.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vmm_api::control::{Client, RunPhase};
@@ -156,6 +157,8 @@ fn describe(root: &Root, name: &VmName, row: &mut Row) -> Result<Option<Counts>,
     for vcpu in 0..status.vcpus {
         let stats = client.exits(vcpu)?;
         for exit in &stats.exits {
+            // What rhyve does for the guest is not the guest's.
+            counts.guest -= exit.host_ns as f64 / 1e9;
             *counts.exits.entry(exit.reason.clone()).or_default() += exit.count;
             if let Some(device) = &exit.device {
                 *counts.devices.entry(device.clone()).or_default() += exit.count;
@@ -166,15 +169,25 @@ fn describe(root: &Root, name: &VmName, row: &mut Row) -> Result<Option<Counts>,
     Ok(Some(counts))
 }
 
-/// Seconds that a process's threads spent in guests, and altogether (proc(5): guest_time is a part of
-/// utime).
+/// Seconds of processor time that a rhyve's vCPUs took, and all of its threads. That of the guest alone,
+/// which proc(5) has as guest_time, is not used: KVM-PVM hardly counts it.
 fn processor_time(pid: u32) -> Option<(f64, f64)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, total) = times(Path::new(&format!("/proc/{pid}/stat")))?;
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let threads = threads.filter_map(|thread| times(&thread.ok()?.path().join("stat")));
+    let vcpus = threads.filter(|(name, _)| name.starts_with("vcpu-"));
+    Some((vcpus.map(|(_, time)| time).sum(), total))
+}
+
+/// The name of a process or thread, and the seconds of processor time that it took (proc(5)).
+fn times(stat: &Path) -> Option<(String, f64)> {
+    let stat = std::fs::read_to_string(stat).ok()?;
     // The name in brackets may hold anything; what follows it begins with field 3.
-    let (_, rest) = stat.rsplit_once(')')?;
+    let (name, rest) = stat.rsplit_once(')')?;
+    let (_, name) = name.split_once('(')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let field = |number: usize| fields.get(number - 3)?.parse::<f64>().ok();
-    Some((field(43)? / TICKS, (field(14)? + field(15)?) / TICKS))
+    Some((name.to_owned(), (field(14)? + field(15)?) / TICKS))
 }
 
 fn rates(row: &mut Row, before: &Counts, now: &Counts, time: Duration) {
