@@ -30,6 +30,9 @@ pub struct Options {
     /// Make a root disk as well (linux): busybox, ssh, fio, iperf3; boot it with root=/dev/vda
     #[arg(long)]
     pub disk: bool,
+    /// The same, and a qcow2 image over it, which takes what the guest writes (linux)
+    #[arg(long)]
+    pub qcow2: bool,
     /// Directory with FreeBSD's base.txz and kernel.txz, or with a boot/ (freebsd)
     #[arg(long, value_name = "DIR")]
     pub dist: Option<PathBuf>,

@@ -40,6 +40,8 @@ pub enum Role {
     Module,
     /// A disk's image.
     Disk,
+    /// An image over the disk's.
+    Layer,
     /// What the loader is told.
     Config,
     /// A QEMU that can run the image.
@@ -62,6 +64,7 @@ impl Role {
             Role::Initrd => "initrd",
             Role::Module => "module",
             Role::Disk => "disk",
+            Role::Layer => "layer",
             Role::Config => "config",
             Role::Qemu => "qemu",
             Role::Makefs => "makefs",

@@ -24,6 +24,7 @@ pub mod file;
 pub mod freebsd;
 pub mod freebsd_probe;
 pub mod image;
+pub mod layer;
 pub mod linux;
 pub mod modules;
 pub mod probe;
@@ -36,6 +37,7 @@ pub use image::{Artifact, Image, Role};
 use std::path::Path;
 
 use cli::{Options, Profile};
+use linux::Root;
 
 /// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +55,7 @@ pub enum Error {
     #[error("linux")]
     Linux(#[from] linux::Error),
     /// There is no disk in this profile.
-    #[error("--disk is for the profile linux")]
+    #[error("--disk and --qcow2 are for the profile linux")]
     NoDisk,
     /// FreeBSD is made of sets, and nothing else is.
     #[error("--dist and --console are for the profile freebsd")]
@@ -71,8 +73,12 @@ pub enum Error {
 /// The profile's own error: what could not be read, fetched or written; an option that is another
 /// profile's.
 pub fn make(profile: Profile, options: &Options, out: &Path, cache: &Path) -> Result<Image, Error> {
-    let disk = options.disk;
-    if disk && profile != Profile::Linux {
+    let disk = match (options.disk, options.qcow2) {
+        (_, true) => Root::Layered,
+        (true, false) => Root::Raw,
+        (false, false) => Root::None,
+    };
+    if disk != Root::None && profile != Profile::Linux {
         return Err(Error::NoDisk);
     }
     if profile != Profile::Freebsd && (options.dist.is_some() || options.console.is_some()) {
@@ -88,8 +94,8 @@ pub fn make(profile: Profile, options: &Options, out: &Path, cache: &Path) -> Re
             Ok(freebsd::make(dist, console, out, &makefs)?)
         }
         Profile::Linux => Ok(linux::make(&linux::GUEST, disk, out, cache)?),
-        Profile::Lane => Ok(linux::make(&linux::LANE, false, out, cache)?),
-        Profile::LinuxFull => Ok(linux::make(&linux::FULL, false, out, cache)?),
+        Profile::Lane => Ok(linux::make(&linux::LANE, Root::None, out, cache)?),
+        Profile::LinuxFull => Ok(linux::make(&linux::FULL, Root::None, out, cache)?),
         Profile::Tools => Ok(tools::make(cache)?),
     }
 }

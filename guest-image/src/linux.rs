@@ -12,10 +12,10 @@ use std::process::Command;
 
 use crate::cpio::Archive;
 use crate::debian::{self, Debian, Package};
-use crate::disk;
 use crate::file::{FileError, at};
 use crate::modules::{self, Modules};
 use crate::{Artifact, Image, Role, vmlinux};
+use crate::{disk, layer};
 
 /// Why the image could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -127,16 +127,27 @@ pub const LANE: Recipe = Recipe {
     qemu: true,
 };
 
+/// The guest's root disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// Only the initramfs.
+    None,
+    /// A raw image, disk.img.
+    Raw,
+    /// The same, and disk.qcow2 over it.
+    Layered,
+}
+
 /// Debian 12's own QEMU, 7.2, dies when a nested guest resets; 10.0 does not.
 const QEMU_MAJOR: u32 = 10;
 
-/// Makes the image of `recipe` in `out`, with packages from the cache directory `cache`; with a disk,
-/// if that is wanted.
+/// Makes the image of `recipe` in `out`, with packages from the cache directory `cache`; with a root
+/// disk, if that is wanted.
 ///
 /// # Errors
 ///
 /// See [`Error`].
-pub fn make(recipe: &Recipe, with_disk: bool, out: &Path, cache: &Path) -> Result<Image, Error> {
+pub fn make(recipe: &Recipe, root: Root, out: &Path, cache: &Path) -> Result<Image, Error> {
     fs::create_dir_all(out).map_err(at(out))?;
     let mut debian = Debian::open(cache)?;
     let kernel = debian.dependency(recipe.kernel, "linux-image-")?;
@@ -178,12 +189,21 @@ pub fn make(recipe: &Recipe, with_disk: bool, out: &Path, cache: &Path) -> Resul
     let modules = Modules::list(&module_dir)?.closure(recipe.modules)?;
     let mut archive = Archive::default();
     base(&mut archive, &busybox)?;
-    if with_disk {
+    if root != Root::None {
         let path = out.join("disk.img");
         let made_of = disk::make(&path, &archive, &mut debian)?;
         source += &format!(", {made_of}");
         files.push(Artifact {
             role: Role::Disk,
+            bytes: fs::metadata(&path).map_err(at(&path))?.len(),
+            path,
+        });
+    }
+    if root == Root::Layered {
+        let path = out.join("disk.qcow2");
+        layer::make(&path, &out.join("disk.img"))?;
+        files.push(Artifact {
+            role: Role::Layer,
             bytes: fs::metadata(&path).map_err(at(&path))?.len(),
             path,
         });

@@ -18,6 +18,9 @@ pub struct GuestImage {
     /// Make a root disk as well (linux)
     #[arg(long)]
     disk: bool,
+    /// The same, and a qcow2 image over it, which takes what the guest writes (linux)
+    #[arg(long)]
+    qcow2: bool,
     /// Directory with FreeBSD's base.txz and kernel.txz, or with a boot/ (freebsd)
     #[arg(long, value_name = "DIR")]
     dist: Option<PathBuf>,
@@ -34,6 +37,9 @@ impl GuestImage {
         let mut command = command(&self.profile)?;
         if self.disk {
             command.arg("--disk");
+        }
+        if self.qcow2 {
+            command.arg("--qcow2");
         }
         if let Some(dist) = &self.dist {
             command.arg("--dist").arg(dist);

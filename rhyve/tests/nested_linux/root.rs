@@ -116,9 +116,7 @@ fn a_root_disk_is_whole_after_200_mb_by_every_interface() {
 fn a_qcow2_root_is_whole_and_its_base_untouched() {
     let place = Place::new();
     let (base, disk) = (disk(&place), place.path("disk.qcow2"));
-    let mut create = tool("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
-    output(create.arg(&base).arg(&disk));
+    guest_image::layer::make(&disk, &base).unwrap();
     let run = format!("-c 4 -s 2,virtio-blk,{}", disk.display());
     let mut guest = boot_root(&place, "-m 512M", "", &run);
     let sum = write_and_end(&mut guest, SOME);
