@@ -11,6 +11,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
@@ -404,6 +405,13 @@ impl GuestRam {
             return self.read_mapped(gpa, bytes);
         }
         read_at(&self.file, self.layout, gpa, bytes)
+    }
+
+    /// The next range at `gpa` or behind it that was ever written; in a clone, before it was cloned.
+    /// None behind the last, or if the file cannot be looked at.
+    pub(crate) fn next_written(&self, gpa: u64) -> Option<Range<u64>> {
+        let file = self.base.as_ref().unwrap_or(&self.file);
+        look::next_written(&[file], self.layout, gpa).ok()?
     }
 }
 

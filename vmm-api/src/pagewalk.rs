@@ -9,6 +9,7 @@
 mod mappings;
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::memory::{GuestRam, MemFile, MemoryError};
 use crate::regs::Registers;
@@ -46,17 +47,31 @@ pub trait PhysicalMemory {
     ///
     /// They are not all RAM, or the host cannot read them.
     fn read_physical(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// The next range of RAM, at `gpa` or behind it, that was ever written, for who has to look
+    /// everywhere; none behind the last. Memory that does not tell has none.
+    fn next_written(&self, _gpa: u64) -> Option<Range<u64>> {
+        None
+    }
 }
 
 impl PhysicalMemory for MemFile {
     fn read_physical(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
         self.read(gpa, bytes)
     }
+
+    fn next_written(&self, gpa: u64) -> Option<Range<u64>> {
+        self.next_written(gpa)
+    }
 }
 
 impl PhysicalMemory for GuestRam {
     fn read_physical(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
         self.read(gpa, bytes)
+    }
+
+    fn next_written(&self, gpa: u64) -> Option<Range<u64>> {
+        self.next_written(gpa)
     }
 }
 

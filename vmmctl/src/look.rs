@@ -8,7 +8,7 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter, Instruction, Na
 use serde_json::{Value, json};
 use vmm_api::control::RunPhase;
 use vmm_api::guest::report::printable;
-use vmm_api::guest::{Kernel, Message, Process, Report, SymbolError, backtrace};
+use vmm_api::guest::{Kernel, Message, Process, Report, SymbolError, Symbols, backtrace};
 use vmm_api::inspect::write_core;
 use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
@@ -41,6 +41,7 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
             work,
             registers: access.registers(work.cpu)?,
             memory: access.open_memory()?,
+            names: names(access, work)?,
         };
         if let Some((format, place)) = looks.memory {
             view.examine(format, place, output)?;
@@ -115,6 +116,8 @@ struct View<'a> {
     work: &'a Work,
     registers: Registers,
     memory: MemFile,
+    /// For addresses of instructions.
+    names: Option<Symbols>,
 }
 
 impl View<'_> {
@@ -245,11 +248,36 @@ impl View<'_> {
             let code = code.join(" ");
             let here = place == Place::Linear(next);
             let arrow = if here { "=>" } else { "  " };
-            output.line(&format!("{arrow} {address:#018x}:\t{code:<30}\t{text}"));
-            values.push(json!({ "address": hex(address), "bytes": code, "text": text }));
+            let mut value = json!({ "address": hex(address), "bytes": code });
+            let mut shown = String::new();
+            if let Some(name) = self.name(place) {
+                shown = format!(" <{name}>");
+                value["name"] = name.into();
+            }
+            // Where it leads to; 0 is nowhere.
+            let target = match (place, instruction.near_branch_target()) {
+                (Place::Physical(_), _) | (_, 0) => None,
+                (Place::Linear(_), target) => self.name(Place::Linear(target)),
+            };
+            if let Some(name) = target {
+                text += &format!(" <{name}>");
+            }
+            value["text"] = text.as_str().into();
+            output.line(&format!(
+                "{arrow} {address:#018x}{shown}:\t{code:<30}\t{text}"
+            ));
+            values.push(value);
             place = place.offset(len as u64);
         }
         Ok(values.into())
+    }
+
+    /// The function at a place.
+    fn name(&self, place: Place) -> Option<String> {
+        match place {
+            Place::Linear(address) => self.names.as_ref()?.name(address),
+            Place::Physical(_) => None,
+        }
     }
 }
 
@@ -297,7 +325,7 @@ fn kernel(access: &mut dyn VcpuAccess, work: &Work, memory: &MemFile) -> Result<
 pub fn named(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Kernel>, Error> {
     let memory = access.open_memory()?;
     match kernel(access, work, &memory) {
-        Ok(kernel) => Ok(Some(kernel)),
+        Ok(kernel) => Ok(Some(kernel.with_modules(&memory))),
         Err(Error::Symbols {
             source: SymbolError::Nowhere,
             ..
@@ -310,11 +338,33 @@ pub fn named(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Kernel>,
     }
 }
 
+/// Names for addresses of instructions, if instructions are to be shown and there are names; unless a file
+/// is named they are no more than an addition, and their lack is no news.
+fn names(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Symbols>, Error> {
+    let looks = &work.gets.looks;
+    let code = matches!(looks.memory, Some((format, _)) if format.letter == Letter::Instruction);
+    if !code && looks.disasm.is_none() {
+        return Ok(None);
+    }
+    let memory = access.open_memory()?;
+    match kernel(access, work, &memory) {
+        Ok(kernel) => Ok(Some(kernel.with_modules(&memory).symbols)),
+        Err(error) if looks.symbols.is_some() => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
 /// Shows what the kernel has to say: its log, its processes.
 fn told(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
     let looks = &work.gets.looks;
     let memory = access.open_memory()?;
-    let kernel = kernel(access, work, &memory)?;
+    let kernel = match kernel(access, work, &memory) {
+        Ok(kernel) => kernel,
+        Err(error) => {
+            let nameless = Kernel::nameless(&memory, &registers(access)?);
+            nameless.filter(|_| looks.symbols.is_none()).ok_or(error)?
+        }
+    };
     let error = |source| Error::Guest {
         vm: work.vm.clone(),
         source,

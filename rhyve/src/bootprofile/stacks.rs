@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use vmm_api::guest::{Kernel, Symbols, backtrace};
+use vmm_api::guest::{Frame, Function, Kernel, Symbols, backtrace};
 use vmm_api::memory::GuestRam;
 use vmm_api::state::BootInfo;
 
@@ -24,6 +24,7 @@ pub(super) fn fold(samples: &[Sample], ram: &GuestRam, boot: Option<&BootInfo>) 
     let seen = samples.iter().rev().filter(|s| !is_user(&s.registers));
     let registers: Vec<_> = seen.take(1).map(|s| s.registers.clone()).collect();
     let kernel = Kernel::find(ram, &registers, None, boot).ok();
+    let kernel = kernel.map(|kernel| kernel.with_modules(ram));
     let unwinder = kernel.as_ref().and_then(|kernel| kernel.unwinder(ram));
     let mut stacks = BTreeMap::<Vec<String>, u64>::new();
     for sample in samples {
@@ -41,7 +42,7 @@ pub(super) fn fold(samples: &[Sample], ram: &GuestRam, boot: Option<&BootInfo>) 
             // Guesses would be as many graphs as there are stale words on stacks.
             let certain = found.iter().rev().filter(|frame| frame.certain);
             let symbols = kernel.as_ref().map(|kernel| &kernel.symbols);
-            frames.extend(certain.map(|frame| name(symbols, frame.address)));
+            frames.extend(certain.map(|frame| name(symbols, frame)));
         }
         *stacks.entry(frames).or_default() += 1;
     }
@@ -52,9 +53,12 @@ pub(super) fn fold(samples: &[Sample], ram: &GuestRam, boot: Option<&BootInfo>) 
 }
 
 /// A function's name, or the megabyte where there is none: a kernel that unpacks or moves itself.
-fn name(symbols: Option<&Symbols>, address: u64) -> String {
-    match symbols.and_then(|symbols| symbols.function(address)) {
-        Some((name, _)) => name.to_owned(),
-        None => format!("no name at {:#x}", address & !0xf_ffff),
+fn name(symbols: Option<&Symbols>, frame: &Frame) -> String {
+    match symbols.and_then(|symbols| frame.function(symbols)) {
+        Some(Function { name, module, .. }) => match module {
+            Some(module) => format!("{name} [{module}]"),
+            None => name.to_owned(),
+        },
+        None => format!("no name at {:#x}", frame.address & !0xf_ffff),
     }
 }

@@ -6,6 +6,7 @@
 mod devices;
 mod disk;
 mod gdb;
+mod looks;
 mod net;
 mod random;
 mod root;

@@ -1,13 +1,13 @@
 //! How a vCPU got where it is.
 //!
-//! Linux without frame pointers has a table for it, which is right or ends. Else frame pointers are followed as long as they lead upwards on the stack and to addresses behind a
-//! call. Where there are none, every word of the stack that is such an address is shown with a
+//! Linux without frame pointers has a table for it, which is right or ends. Else frame pointers are
+//! followed as long as they lead upwards on the stack and to addresses behind a call. Where there are none, every word of the stack that is such an address is shown with a
 //! question mark: it may be a caller, or what is left of an earlier call.
 
 use serde_json::{Value, json};
 
-use super::Symbols;
 use super::linux::orc::Unwinder;
+use super::{Function, Symbols};
 use crate::pagewalk::{self, PhysicalMemory};
 use crate::regs::Registers;
 
@@ -27,22 +27,37 @@ const FIRST_HANDLERS: [&str; 2] = ["asm_exc_divide_error", "divide_error"];
 pub struct Frame {
     /// Where it is, or where it will go on.
     pub address: u64,
-    /// It follows from a frame pointer, or is the instruction pointer itself.
+    /// It follows from the unwind table or a frame pointer, or is the instruction pointer itself.
     pub certain: bool,
+    /// It is behind a call, which may have been its function's last instruction; else the instruction
+    /// itself is meant.
+    pub call: bool,
 }
 
 impl Frame {
     /// The frame as a line.
     pub fn line(&self, number: usize, symbols: Option<&Symbols>) -> String {
         let doubt = if self.certain { "" } else { "? " };
-        let name = symbols.and_then(|s| s.name(self.address));
+        let name = symbols.and_then(|s| self.function(s));
         let name = name.map(|name| format!(" in {name}")).unwrap_or_default();
         format!("#{number:<2} {doubt}{:#018x}{name}", self.address)
     }
 
+    /// The function that is meant: behind a call it is the caller, even if the address is that of the
+    /// next function (as Linux's `%pB` has it).
+    pub fn function<'a>(&self, symbols: &'a Symbols) -> Option<Function<'a>> {
+        let before = u64::from(self.call);
+        let found = symbols.function(self.address.wrapping_sub(before))?;
+        Some(Function {
+            offset: found.offset + before,
+            ..found
+        })
+    }
+
     /// The frame as JSON.
     pub fn json(&self, symbols: Option<&Symbols>) -> Value {
-        let name = symbols.and_then(|s| s.name(self.address));
+        let name = symbols.and_then(|s| self.function(s));
+        let name = name.map(|function| function.to_string());
         let address = format!("{:#x}", self.address);
         json!({ "address": address, "name": name, "certain": self.certain })
     }
@@ -77,17 +92,21 @@ pub fn follow(
         registers,
         word,
     };
-    let certain = |address| Frame {
+    let certain = |address, call| Frame {
         address,
         certain: true,
+        call,
     };
     if let Some(unwinder) = unwinder {
         let found = unwinder.unwind(registers, word);
         if found.len() > 1 {
-            return found.into_iter().map(certain).collect();
+            let frames = found.into_iter();
+            return frames
+                .map(|(address, call)| certain(address, call))
+                .collect();
         }
     }
-    let mut frames = vec![certain(pagewalk::linear_rip(registers))];
+    let mut frames = vec![certain(pagewalk::linear_rip(registers), false)];
     let mut pointer = registers.rbp;
     let mut floor = registers.rsp;
     while frames.len() < FRAMES_MAX {
@@ -96,7 +115,7 @@ pub fn follow(
         let Some((next, address)) = plausible.then(|| stack.frame(pointer)).flatten() else {
             break;
         };
-        frames.push(certain(address));
+        frames.push(certain(address, true));
         (floor, pointer) = (pointer + 8, next);
     }
     if frames.len() == 1 {
@@ -105,6 +124,7 @@ pub fn follow(
         frames.extend(callers.take(FRAMES_MAX - 1).map(|address| Frame {
             address,
             certain: false,
+            call: true,
         }));
     }
     frames
@@ -250,6 +270,20 @@ mod tests {
     fn a_chain_in_a_circle_ends() {
         let memory = memory(&[(0x8010, 0x8010), (0x8018, 0x1005)]);
         assert_eq!(addresses(&memory, &registers(0x8000, 0x8010)).len(), 2);
+    }
+
+    #[test]
+    fn a_call_at_a_functions_end_is_that_functions() {
+        let symbols = Symbols::parse(b"1000 T first\n1010 T second\n").unwrap();
+        let frame = |address, call| Frame {
+            address,
+            certain: true,
+            call,
+        };
+        let line = |frame: Frame| frame.line(1, Some(&symbols));
+        assert!(line(frame(0x1010, true)).ends_with("in first+0x10"));
+        assert!(line(frame(0x1010, false)).ends_with("in second+0x0"));
+        assert!(line(frame(0x1011, true)).ends_with("in second+0x1"));
     }
 
     #[test]

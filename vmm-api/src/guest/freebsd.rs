@@ -51,8 +51,8 @@ pub fn messages(view: View<'_>, symbols: &Symbols) -> Result<Vec<Message>, Guest
         Message {
             sequence: None,
             time_ns: None,
-            facility: (priority >> 3) as u8,
-            level: (priority & 7) as u8,
+            facility: Some((priority >> 3) as u8),
+            level: Some((priority & 7) as u8),
             text: text.to_owned(),
         }
     };

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::linux::log::Ring;
+use super::linux::modules::Module;
 use super::linux::orc::Unwinder;
+use super::linux::vmcoreinfo::VmcoreInfo;
 use super::linux::{self, Linux};
 use super::{GuestError, SymbolError, Symbols, View, backtrace, freebsd};
 use crate::pagewalk::{PagingMode, PhysicalMemory};
@@ -18,10 +21,10 @@ pub struct Message {
     pub sequence: Option<u64>,
     /// Nanoseconds since the kernel's start, where messages have a time.
     pub time_ns: Option<u64>,
-    /// syslog's facility.
-    pub facility: u8,
+    /// syslog's facility, where it is known.
+    pub facility: Option<u8>,
     /// syslog's level: 0 is the worst.
-    pub level: u8,
+    pub level: Option<u8>,
     /// What it says.
     pub text: String,
 }
@@ -66,6 +69,10 @@ pub struct Kernel {
     pub symbols: Symbols,
     /// It carries its names with it, so that it is Linux.
     pub carried: bool,
+    /// What Linux has loaded; see [`Kernel::with_modules`].
+    pub modules: Vec<Module>,
+    /// What it tells for dumps, where nothing else is known of it.
+    told: Option<VmcoreInfo>,
 }
 
 /// The registers of the vCPU that sees the kernel best: the first with 64-bit paging, else the first.
@@ -96,24 +103,22 @@ impl Kernel {
                 symbols: backtrace::place(symbols, memory, seen),
                 registers: seen.clone(),
                 carried: false,
+                modules: Vec::new(),
+                told: None,
             })
         };
         if let Some(path) = named {
             return from_file(path);
         }
-        // With page-table isolation a process's tables are 4 KiB behind the kernel's own
-        // (arch/x86/include/asm/pgtable.h, PTI_PGTABLE_SWITCH_BIT).
-        let isolated = Registers {
-            cr3: seen.cr3 & !0x1fff,
-            ..seen.clone()
-        };
-        for registers in [seen, &isolated] {
+        for registers in [seen, &isolated(seen)] {
             let view = View { memory, registers };
             if let Some(symbols) = linux::symbols(view) {
                 return Ok(Self {
                     symbols,
                     registers: registers.clone(),
                     carried: true,
+                    modules: Vec::new(),
+                    told: None,
                 });
             }
         }
@@ -126,9 +131,49 @@ impl Kernel {
                 symbols,
                 registers: seen.clone(),
                 carried: false,
+                modules: Vec::new(),
+                told: None,
             });
         }
         from_file(Path::new(&loaded.kernel))
+    }
+
+    /// A Linux none of whose names is known, but which tells of itself for dumps: enough for its
+    /// messages.
+    pub fn nameless(memory: &dyn PhysicalMemory, vcpus: &[Registers]) -> Option<Self> {
+        let seen = kernel_view(vcpus)?;
+        let symbols = Symbols::default();
+        let views = [seen.clone(), isolated(seen)].into_iter();
+        let mut found = views.filter_map(|registers| {
+            let view = View {
+                memory,
+                registers: &registers,
+            };
+            let told = VmcoreInfo::find(view, &symbols)?;
+            Some((registers, told))
+        });
+        let (registers, told) = found.next()?;
+        Some(Self {
+            registers,
+            symbols: Symbols::default(),
+            carried: false,
+            modules: Vec::new(),
+            told: Some(told),
+        })
+    }
+
+    /// The kernel with the names of what it has loaded since, as far as it tells: Linux's modules.
+    #[must_use]
+    pub fn with_modules(mut self, memory: &dyn PhysicalMemory) -> Self {
+        let linux = self.linux(self.view(memory));
+        let found = linux.and_then(|linux| linux::modules::modules(&linux));
+        for (module, names) in found.unwrap_or_default() {
+            let names = names.iter().map(|n| (n.address, n.kind, n.name.as_str()));
+            self.symbols.learn(&module.name, &module.code, names);
+            self.modules.push(module);
+        }
+        self.symbols = self.symbols.settled();
+        self
     }
 
     /// The kernel's log.
@@ -141,8 +186,11 @@ impl Kernel {
         if self.symbols.address("msgbufp").is_some() {
             return freebsd::messages(view, &self.symbols);
         }
-        self.is_linux()?;
-        linux::log::messages(&Linux::new(view, &self.symbols)?)
+        let ring = match self.linux(view) {
+            Ok(linux) => Ring::of_types(&linux)?,
+            Err(error) => Ring::of_vmcoreinfo(view, &self.told(view).ok_or(error)?)?,
+        };
+        ring.messages(view)
     }
 
     /// What a FreeBSD kernel has panicked with; nothing while it lives.
@@ -164,20 +212,32 @@ impl Kernel {
         if self.symbols.address("allproc").is_some() {
             return freebsd::processes(view, &self.symbols);
         }
-        self.is_linux()?;
-        linux::tasks::processes(&Linux::new(view, &self.symbols)?)
+        match self.linux(view) {
+            Ok(linux) => linux::tasks::processes(&linux),
+            // No kernel tells there what a task is made of; but if one does, it is not known here.
+            Err(error) => Err(match self.told(view) {
+                Some(_) => GuestError::NotTold("OFFSET(task_struct.tasks)".into()),
+                None => error,
+            }),
+        }
     }
 
     /// What tells callers on the stacks of a kernel without frame pointers.
     pub fn unwinder(&self, memory: &dyn PhysicalMemory) -> Option<Unwinder> {
-        Unwinder::new(self.view(memory), &self.symbols)
+        Unwinder::new(self.view(memory), &self.symbols, &self.modules)
     }
 
-    fn is_linux(&self) -> Result<(), GuestError> {
+    /// The kernel with its types, if it is a Linux that carries them.
+    fn linux<'a>(&'a self, view: View<'a>) -> Result<Linux<'a>, GuestError> {
         if self.carried || self.symbols.address("init_task").is_some() {
-            return Ok(());
+            return Linux::new(view, &self.symbols);
         }
         Err(GuestError::Unknown)
+    }
+
+    fn told(&self, view: View<'_>) -> Option<VmcoreInfo> {
+        let told = self.told.clone();
+        told.or_else(|| VmcoreInfo::find(view, &self.symbols))
     }
 
     fn view<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> View<'a> {
@@ -185,6 +245,15 @@ impl Kernel {
             memory,
             registers: &self.registers,
         }
+    }
+}
+
+/// With page-table isolation a process's tables are 4 KiB behind the kernel's own
+/// (arch/x86/include/asm/pgtable.h, PTI_PGTABLE_SWITCH_BIT).
+fn isolated(registers: &Registers) -> Registers {
+    Registers {
+        cr3: registers.cr3 & !0x1fff,
+        ..registers.clone()
     }
 }
 
@@ -197,8 +266,8 @@ mod tests {
         let message = Message {
             sequence: Some(1),
             time_ns: Some(12_345_678_999),
-            facility: 0,
-            level: 6,
+            facility: Some(0),
+            level: Some(6),
             text: "one\ntwo".into(),
         };
         let lines: Vec<_> = message.lines().collect();

@@ -15,12 +15,14 @@ mod kernel;
 pub mod linux;
 pub mod report;
 pub mod symbols;
+#[cfg(test)]
+mod testing;
 mod view;
 
 pub use backtrace::{Frame, backtrace};
 pub use kernel::{Kernel, Message, Process, kernel_view};
 pub use report::Report;
-pub use symbols::{SymbolError, Symbols};
+pub use symbols::{Function, SymbolError, Symbols};
 pub use view::View;
 
 use crate::pagewalk::WalkError;
@@ -39,11 +41,21 @@ pub enum GuestError {
         false => "",
     })]
     NoSymbol(&'static str, bool),
+    /// No structure's shape is known.
+    #[error(
+        "the kernel does not tell what its structures are made of: it was built without CONFIG_DEBUG_INFO_BTF"
+    )]
+    NoTypes,
     /// A structure's shape is not known.
     #[error(
         "the kernel does not tell how its struct {0} is made up: it was built without CONFIG_DEBUG_INFO_BTF, or is another than is known here"
     )]
     NoType(String),
+    /// A kernel without types tells this neither for dumps.
+    #[error(
+        "the kernel was built without CONFIG_DEBUG_INFO_BTF, and its vmcoreinfo does not give {0}"
+    )]
+    NotTold(String),
     /// A structure makes no sense.
     #[error("{0}")]
     Damaged(String),

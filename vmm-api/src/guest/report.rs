@@ -85,7 +85,9 @@ impl Report {
         named: Option<&Path>,
         loaded: Option<&BootInfo>,
     ) -> Self {
-        let kernel = Kernel::find(memory, vcpus, named, loaded);
+        let kernel = Kernel::find(memory, vcpus, named, loaded)
+            .map(|kernel| kernel.with_modules(memory))
+            .or_else(|error| Kernel::nameless(memory, vcpus).ok_or(error));
         let unwinder = kernel.as_ref().ok().and_then(|k| k.unwinder(memory));
         let symbols = kernel.as_ref().ok().map(|kernel| &kernel.symbols);
         let stacks: Vec<_> = vcpus
@@ -225,7 +227,7 @@ fn instruction(line: &str, symbols: Option<&Symbols>) -> Option<String> {
 fn culprit(frames: &[Frame], symbols: &Symbols) -> Option<String> {
     let names: Vec<_> = frames
         .iter()
-        .map(|frame| symbols.function(frame.address).map(|(name, _)| name))
+        .map(|frame| frame.function(symbols).map(|f| f.name))
         .collect();
     let panics = |name: &Option<&str>| matches!(name, Some("panic" | "vpanic"));
     let at = names.iter().position(panics)?;
@@ -233,7 +235,8 @@ fn culprit(frames: &[Frame], symbols: &Symbols) -> Option<String> {
         .iter()
         .skip(at)
         .position(|name| name.is_some_and(|name| !MESSENGERS.contains(&name)))?;
-    symbols.name(frames.get(at + caller)?.address)
+    let caller = frames.get(at + caller)?.function(symbols)?;
+    Some(caller.to_string())
 }
 
 fn brief(r: &Registers) -> String {
@@ -251,8 +254,8 @@ mod tests {
         let message = |line: &str| Message {
             sequence: None,
             time_ns: None,
-            facility: 0,
-            level: 1,
+            facility: Some(0),
+            level: Some(1),
             text: line.to_owned(),
         };
         text.lines().map(message).collect()
@@ -304,8 +307,9 @@ mod tests {
         let frame = |address| Frame {
             address,
             certain: true,
+            call: true,
         };
-        let stack = [0x1005, 0x2010, 0x3003, 0x1000].map(frame);
+        let stack = [0x1005, 0x2010, 0x3003, 0x1001].map(frame);
         assert_eq!(culprit(&stack, &symbols).as_deref(), Some("guilty+0x3"));
         assert_eq!(culprit(&stack[2..], &symbols), None);
     }

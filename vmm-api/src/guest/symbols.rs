@@ -1,6 +1,9 @@
 //! Names for addresses: of an ELF file's symbol table, of a System.map or kallsyms text, or of what a
 //! kernel carries with it or was handed by its loader.
 
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use object::read::elf::ElfFile64;
@@ -55,12 +58,46 @@ impl Kind {
     }
 }
 
+/// How far behind its beginning an address may be a function's.
+const FAR: u64 = 1 << 20;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Symbol {
     address: u64,
     /// Of its name in all of them.
     at: u32,
     len: u16,
+    /// Which module's it is, counted from 1; the kernel's own is 0.
+    module: u16,
+}
+
+/// A part of the kernel that came later: a module of Linux's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Module {
+    name: String,
+    /// Where its code is; nothing where that is not known.
+    code: Vec<Range<u64>>,
+}
+
+/// A place in a function. Written as Linux does: `function+0xoffset [module]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function<'a> {
+    /// The function.
+    pub name: &'a str,
+    /// Bytes from its beginning.
+    pub offset: u64,
+    /// The module that it is in, if it is not the kernel's own.
+    pub module: Option<&'a str>,
+}
+
+impl fmt::Display for Function<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}", self.name, self.offset)?;
+        match self.module {
+            Some(module) => write!(f, " [{module}]"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Names by address and addresses by name.
@@ -70,6 +107,7 @@ pub struct Symbols {
     functions: Vec<Symbol>,
     data: Vec<Symbol>,
     names: String,
+    modules: Vec<Module>,
     /// What is added to an address of the file to get one of the guest.
     slide: u64,
 }
@@ -121,6 +159,36 @@ impl Symbols {
 
     /// Adds a symbol; a name of more than 65,535 bytes is none.
     pub(super) fn add(&mut self, address: u64, kind: Kind, name: &str) {
+        self.add_to(0, address, kind, name);
+    }
+
+    /// Adds a module; its number for [`Symbols::add_to`]. Of more than 65,534 modules the last ones
+    /// are one.
+    fn add_module(&mut self, name: &str, code: Vec<Range<u64>>) -> u16 {
+        let name = name.to_owned();
+        self.modules.push(Module { name, code });
+        u16::try_from(self.modules.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Adds a module with its names, all at the guest's addresses; only where its code is are they
+    /// its functions. [`Symbols::settled`] is to come.
+    pub(super) fn learn<'a>(
+        &mut self,
+        name: &str,
+        code: &[Range<u64>],
+        names: impl IntoIterator<Item = (u64, Kind, &'a str)>,
+    ) {
+        let slide = self.slide;
+        let own = |address: u64| address.wrapping_sub(slide);
+        let code = code.iter().map(|code| own(code.start)..own(code.end));
+        let module = self.add_module(name, code.collect());
+        for (address, kind, name) in names {
+            self.add_to(module, own(address), kind, name);
+        }
+    }
+
+    /// Adds a symbol of a module's, or with 0 of the kernel's own.
+    fn add_to(&mut self, module: u16, address: u64, kind: Kind, name: &str) {
         let (Ok(at), Ok(len)) = (u32::try_from(self.names.len()), u16::try_from(name.len())) else {
             return;
         };
@@ -129,17 +197,27 @@ impl Symbols {
             Kind::Text => &mut self.functions,
             Kind::Data => &mut self.data,
         };
-        list.push(Symbol { address, at, len });
+        list.push(Symbol {
+            address,
+            at,
+            len,
+            module,
+        });
     }
 
     /// Puts what was added in order; none if there is no function.
-    pub(super) fn settle(mut self) -> Option<Self> {
+    pub(super) fn settle(self) -> Option<Self> {
+        Some(self.settled()).filter(|symbols| !symbols.functions.is_empty())
+    }
+
+    /// Puts what was added in order.
+    pub(super) fn settled(mut self) -> Self {
         for list in [&mut self.functions, &mut self.data] {
             list.sort();
         }
         // The first name of an address is the one that is shown.
         self.functions.dedup_by_key(|symbol| symbol.address);
-        (!self.functions.is_empty()).then_some(self)
+        self
     }
 
     /// How many there are.
@@ -160,23 +238,30 @@ impl Symbols {
         Self { slide, ..self }
     }
 
-    /// `function+0xoffset` of an address in the guest; none where no function begins within 1 MiB
-    /// before it.
+    /// `function+0xoffset` of an address in the guest, as [`Function`] is written; none where no
+    /// function begins within 1 MiB before it.
     pub fn name(&self, address: u64) -> Option<String> {
-        let (name, offset) = self.function(address)?;
-        Some(format!("{name}+{offset:#x}"))
+        Some(self.function(address)?.to_string())
     }
 
-    /// The function at an address in the guest, and how far behind its beginning that is.
-    pub fn function(&self, address: u64) -> Option<(&str, u64)> {
-        const FAR: u64 = 1 << 20;
+    /// The function at an address in the guest.
+    pub fn function(&self, address: u64) -> Option<Function<'_>> {
         let address = address.wrapping_sub(self.slide);
         let behind = self
             .functions
             .partition_point(|symbol| symbol.address <= address);
         let symbol = self.functions.get(behind.checked_sub(1)?)?;
         let offset = address - symbol.address;
-        (offset < FAR).then(|| (self.text(symbol), offset))
+        let module = usize::from(symbol.module).checked_sub(1);
+        let module = module.and_then(|number| self.modules.get(number));
+        let inside = module.is_none_or(|module| {
+            module.code.is_empty() || module.code.iter().any(|code| code.contains(&address))
+        });
+        (offset < FAR && inside).then(|| Function {
+            name: self.text(symbol),
+            offset,
+            module: module.map(|module| module.name.as_str()),
+        })
     }
 
     fn text(&self, symbol: &Symbol) -> &str {
@@ -248,8 +333,10 @@ fn entry_of<'a>(entry: &[u8; 24], strings: &'a [u8]) -> Option<(u64, Kind, &'a s
     (!name.is_empty()).then_some((address, kind, name))
 }
 
-/// Lines of nm(1): address, type, name, and for a module's function its name in brackets.
+/// Lines of nm(1): address, type, name, and in /proc/kallsyms for what is a module's its name in
+/// brackets.
 fn map(bytes: &[u8], symbols: &mut Symbols) {
+    let mut modules = HashMap::<&str, u16>::new();
     for line in bytes.split(|&b| b == b'\n') {
         let mut words = std::str::from_utf8(line)
             .unwrap_or_default()
@@ -260,8 +347,13 @@ fn map(bytes: &[u8], symbols: &mut Symbols) {
         else {
             continue;
         };
+        let module = word().and_then(|word| word.strip_prefix('[')?.strip_suffix(']'));
+        let module = module.map_or(0, |name| {
+            let new = || symbols.add_module(name, Vec::new());
+            *modules.entry(name).or_insert_with(new)
+        });
         match u64::from_str_radix(address, 16) {
-            Ok(address) if address != 0 => symbols.add(address, Kind::of(letter), name),
+            Ok(address) if address != 0 => symbols.add_to(module, address, Kind::of(letter), name),
             _ => {}
         }
     }
@@ -279,7 +371,10 @@ mod tests {
         let name = |address| symbols.name(address);
         assert_eq!(name(0xffff_ffff_8100_0000).as_deref(), Some("_text+0x0"));
         assert_eq!(name(0xffff_ffff_8100_01ff).as_deref(), Some("inner+0xff"));
-        assert_eq!(name(0xffff_ffff_8100_0200).as_deref(), Some("outer+0x0"));
+        assert_eq!(
+            name(0xffff_ffff_8100_0200).as_deref(),
+            Some("outer+0x0 [mod]")
+        );
         assert_eq!(symbols.address("data"), Some(0xffff_ffff_8100_0080));
         assert_eq!(name(0xffff_ffff_80ff_ffff), None);
         assert_eq!(name(0xffff_ffff_8200_0000), None, "too far");
@@ -291,6 +386,24 @@ mod tests {
         );
         assert_eq!(Symbols::parse(b"nothing"), None);
         assert_eq!(Symbols::parse(b"\x7fELF"), None);
+    }
+
+    #[test]
+    fn a_modules_function_is_named_where_its_code_is() {
+        let symbols = Symbols::parse(b"0000000000000800 T kernel\n").unwrap();
+        let mut symbols = symbols.moved(0x800);
+        let names = [(0x8010, Kind::Text, "read"), (0xa000, Kind::Text, "init")];
+        symbols.learn("disk", &[0x8000..0x9000, 0xa000..0xa100], names);
+        let symbols = symbols.settled();
+        let name = |address| symbols.name(address);
+        assert_eq!(name(0x8010).as_deref(), Some("read+0x0 [disk]"));
+        assert_eq!(name(0x8fff).as_deref(), Some("read+0xfef [disk]"));
+        assert_eq!(name(0xa00f).as_deref(), Some("init+0xf [disk]"));
+        assert_eq!(name(0x9000), None, "behind its code");
+        assert_eq!(name(0xa100), None);
+        assert_eq!(name(0x1001).as_deref(), Some("kernel+0x1"));
+        assert_eq!(symbols.function(0x8011).unwrap().name, "read");
+        assert_eq!(symbols.address("init"), Some(0xa000));
     }
 
     #[test]

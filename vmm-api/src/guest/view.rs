@@ -33,6 +33,23 @@ impl View<'_> {
         Ok(bytes)
     }
 
+    /// Reads this many bytes, or as many as there are before the first page that cannot be read.
+    pub fn bytes_up_to(&self, gla: u64, len: usize) -> Vec<u8> {
+        const PAGE: u64 = 4096;
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            let Some(at) = gla.checked_add(bytes.len() as u64) else {
+                break;
+            };
+            let piece = ((PAGE - at % PAGE) as usize).min(len - bytes.len());
+            match self.bytes(at, piece) {
+                Ok(piece) => bytes.extend(piece),
+                Err(_) => break,
+            }
+        }
+        bytes
+    }
+
     /// Reads an integer of up to 8 bytes, little endian.
     ///
     /// # Errors

@@ -87,22 +87,19 @@ impl MemFile {
     /// `gpa` is not RAM, or the file cannot be looked at.
     pub fn next_data(&self, gpa: u64) -> Result<Option<Range<u64>>, MemoryError> {
         let mut segments = self.layout.segments();
-        let found = segments.find(|&(base, len, _)| gpa >= base && gpa - base < len);
-        let (base, len, offset) = found.ok_or(MemoryError::NotRam { gpa, len: 1 })?;
-        let mut first: Option<Range<u64>> = None;
-        for file in [Some(&self.file), self.base.as_ref()].into_iter().flatten() {
-            let next = next_data(file, offset + (gpa - base), offset + len);
-            let next = next.map_err(|e| MemoryError::Io {
-                gpa,
-                source: e.into(),
-            })?;
-            first = match (first, next) {
-                (Some(one), Some(other)) if other.start < one.start => Some(other),
-                (Some(one), _) => Some(one),
-                (None, next) => next,
-            };
-        }
-        Ok(first.map(|range| base + (range.start - offset)..base + (range.end - offset)))
+        let segment = segments.find(|&(base, len, _)| gpa >= base && gpa - base < len);
+        let segment = segment.ok_or(MemoryError::NotRam { gpa, len: 1 })?;
+        next_in(&self.files(), segment, gpa)
+    }
+
+    /// The same with the segments behind; none also if the file cannot be looked at.
+    pub(crate) fn next_written(&self, gpa: u64) -> Option<Range<u64>> {
+        next_written(&self.files(), self.layout, gpa).ok()?
+    }
+
+    fn files(&self) -> Vec<&File> {
+        let files = [Some(&self.file), self.base.as_ref()];
+        files.into_iter().flatten().collect()
     }
 
     /// Hands out all that was ever written, piece by piece with its place in a file of the whole
@@ -143,6 +140,45 @@ impl MemFile {
     pub fn resident(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
     }
+}
+
+/// The next range, at `gpa` or behind it, that is no hole in all of the files.
+pub(super) fn next_written(
+    files: &[&File],
+    layout: MemoryLayout,
+    gpa: u64,
+) -> Result<Option<Range<u64>>, MemoryError> {
+    for segment in layout.segments() {
+        let (base, len, _) = segment;
+        if gpa < base + len
+            && let Some(range) = next_in(files, segment, gpa.max(base))?
+        {
+            return Ok(Some(range));
+        }
+    }
+    Ok(None)
+}
+
+/// The same in one segment: guest-physical base, length, offset in the files.
+fn next_in(
+    files: &[&File],
+    (base, len, offset): (u64, u64, u64),
+    gpa: u64,
+) -> Result<Option<Range<u64>>, MemoryError> {
+    let mut first: Option<Range<u64>> = None;
+    for file in files {
+        let next = next_data(file, offset + (gpa - base), offset + len);
+        let next = next.map_err(|e| MemoryError::Io {
+            gpa,
+            source: e.into(),
+        })?;
+        first = match (first, next) {
+            (Some(one), Some(other)) if other.start < one.start => Some(other),
+            (Some(one), _) => Some(one),
+            (None, next) => next,
+        };
+    }
+    Ok(first.map(|range| base + (range.start - offset)..base + (range.end - offset)))
 }
 
 /// The next range between two offsets of a file that is not a hole.

@@ -106,6 +106,23 @@ fn instructions_are_shown_in_both_syntaxes() {
     );
     let said = bench.json("--vm=guest0 --disasm");
     assert_eq!(said["disasm"][2]["text"], "ud2");
+    assert_eq!(said["disasm"][2].get("name"), None);
+    // With names, where a call leads to has one as well.
+    let map = bench.dir().join("System.map");
+    fs::write(&map, "ffffff8000005004 T code\n").unwrap();
+    let symbols = format!("--symbols {}", map.display());
+    insta::assert_snapshot!("named", lines(&format!("--disasm {symbols}")));
+    assert_eq!(
+        lines(&format!("--x/1i 0xffffff800000500c {symbols}")),
+        "   0xffffff800000500c <code+0x8>:\t0f 0b                         \tud2\n"
+    );
+    let said = bench.json(&format!("--vm=guest0 --disasm {symbols}"));
+    assert_eq!(said["disasm"][0].get("name"), None);
+    assert_eq!(said["disasm"][2]["name"], "code+0x8");
+    // A file that is named has to have names.
+    fs::write(&map, "").unwrap();
+    let error = bench.fails(&format!("--vm=guest0 --disasm {symbols}"), 1);
+    assert!(error.contains("no symbols in it"), "{error}");
 }
 
 #[test]

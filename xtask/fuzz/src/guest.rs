@@ -1,9 +1,14 @@
 //! A guest's memory full of lies: page walks, symbol tables, types, logs, lists of processes and stacks
 //! end, and read nothing that is not there.
 
+use std::ops::Range;
+
 use vmm_api::guest::linux::btf::Btf;
+use vmm_api::guest::linux::log::Ring;
+use vmm_api::guest::linux::modules::{Module, Orc, modules};
 use vmm_api::guest::linux::orc::Unwinder;
-use vmm_api::guest::linux::{Linux, kallsyms, log, tasks};
+use vmm_api::guest::linux::vmcoreinfo::VmcoreInfo;
+use vmm_api::guest::linux::{Linux, kallsyms, tasks};
 use vmm_api::guest::{Kernel, Report, Symbols, View, backtrace, freebsd};
 use vmm_api::memory::MemoryError;
 use vmm_api::pagewalk::{self, Access, PhysicalMemory};
@@ -21,6 +26,9 @@ const MAP: &[u8] = b"0000000000000008 D prb
 0000000000000080 R __stop_orc_unwind_ip
 0000000000000080 R __start_orc_unwind
 0000000000000100 R __start_BTF
+0000000000000048 D modules
+0000000000000050 d vmcoreinfo_data
+0000000000000058 d vmcoreinfo_size
 0000000000000200 T text
 ";
 
@@ -42,6 +50,11 @@ impl PhysicalMemory for Memory<'_> {
             }
         }
         Ok(())
+    }
+
+    fn next_written(&self, gpa: u64) -> Option<Range<u64>> {
+        let len = self.0.len() as u64;
+        (gpa < len).then_some(gpa..len)
     }
 }
 
@@ -99,16 +112,36 @@ pub fn check(input: &[u8]) -> bool {
     if let Ok(processes) = freebsd::processes(view, &symbols) {
         assert!(processes.len() <= input.len());
     }
-    if let Some(unwinder) = Unwinder::new(view, &symbols) {
+    let module = Module {
+        name: "module".into(),
+        code: vec![0x204..0x208],
+        orc: Some(Orc {
+            addresses: 0x60,
+            entries: 0x70,
+            count: 4,
+        }),
+    };
+    if let Some(unwinder) = Unwinder::new(view, &symbols, &[module]) {
         let frames = backtrace(&memory, &flat, Some(&unwinder));
         assert!((1..=128).contains(&frames.len()));
     }
     if let Ok(linux) = Linux::new(view, &symbols) {
-        let _ = log::messages(&linux);
+        let _ = Ring::of_types(&linux).and_then(|ring| ring.messages(view));
+        if let Ok(modules) = modules(&linux) {
+            assert!(modules.len() <= input.len());
+        }
         if let Ok(processes) = tasks::processes(&linux) {
             assert!(processes.len() <= input.len());
         }
         believed = true;
+    }
+    if let Some(told) = VmcoreInfo::find(view, &symbols) {
+        let _ = Ring::of_vmcoreinfo(view, &told).and_then(|ring| ring.messages(view));
+        believed = true;
+    }
+    if let Some(kernel) = Kernel::nameless(&memory, std::slice::from_ref(&flat)) {
+        let _ = kernel.messages(&memory);
+        assert!(kernel.processes(&memory).is_err());
     }
     if let Some(symbols) = kallsyms::find(input) {
         assert!(symbols.count() <= input.len());
@@ -123,7 +156,7 @@ pub fn check(input: &[u8]) -> bool {
     believed
 }
 
-/// FreeBSD's message buffer, and page tables that lead back to themselves.
+/// FreeBSD's message buffer, page tables that lead back to themselves, and what Linux tells for dumps.
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut messages = vec![0; 0x400];
     let mut word = |at: usize, word: u64| messages[at..at + 8].copy_from_slice(&word.to_le_bytes());
@@ -136,7 +169,13 @@ pub fn seeds() -> Vec<Vec<u8>> {
     for entry in tables.as_chunks_mut::<8>().0 {
         *entry = 0x1003u64.to_le_bytes();
     }
-    vec![messages, tables]
+    let mut told = vec![0; 0x2000];
+    let text = "OSRELEASE=6.1\nSYMBOL(_stext)=200\nSYMBOL(prb)=8\n\
+                OFFSET(printk_ringbuffer.desc_ring)=8\nSIZE(prb_desc)=24\n";
+    let head = [11, text.len() as u32, 0].map(u32::to_le_bytes).concat();
+    let note = [&head[..], b"VMCOREINFO\0\0", text.as_bytes()].concat();
+    told[0x1000..0x1000 + note.len()].copy_from_slice(&note);
+    vec![messages, tables, told]
 }
 
 #[cfg(test)]
@@ -148,6 +187,7 @@ mod tests {
         let seeds = seeds();
         assert!(check(&seeds[0]));
         check(&seeds[1]);
+        assert!(check(&seeds[2]));
         check(&[]);
     }
 }

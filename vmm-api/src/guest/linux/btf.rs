@@ -250,52 +250,108 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Types as a kernel has them.
+    pub(crate) struct Types {
+        types: Vec<u32>,
+        strings: Vec<u8>,
+        count: u32,
+    }
+
+    impl Types {
+        pub(crate) fn new() -> Self {
+            Self {
+                types: Vec::new(),
+                strings: vec![0],
+                count: 0,
+            }
+        }
+
+        fn add(&mut self, name: &str, info: u32, size: u32, tail: &[u32]) -> u32 {
+            let name = self.name(name);
+            self.types.extend([name, info, size]);
+            self.types.extend(tail);
+            self.count += 1;
+            self.count
+        }
+
+        fn name(&mut self, name: &str) -> u32 {
+            if name.is_empty() {
+                return 0;
+            }
+            let at = self.strings.len() as u32;
+            self.strings.extend(name.as_bytes());
+            self.strings.push(0);
+            at
+        }
+
+        pub(crate) fn int(&mut self, size: u32) -> u32 {
+            self.add("int", 1 << 24, size, &[8 * size])
+        }
+
+        pub(crate) fn pointer(&mut self, to: u32) -> u32 {
+            self.add("", KIND_PTR << 24, to, &[])
+        }
+
+        pub(crate) fn array(&mut self, of: u32, count: u32) -> u32 {
+            self.add("", KIND_ARRAY << 24, 0, &[of, of, count])
+        }
+
+        pub(crate) fn alias(&mut self, name: &str, of: u32) -> u32 {
+            self.add(name, KIND_TYPEDEF << 24, of, &[])
+        }
+
+        /// Members are name, type, byte offset.
+        pub(crate) fn structure(
+            &mut self,
+            name: &str,
+            size: u32,
+            members: &[(&str, u32, u32)],
+        ) -> u32 {
+            self.of_kind(KIND_STRUCT, name, size, members)
+        }
+
+        fn of_kind(
+            &mut self,
+            kind: u32,
+            name: &str,
+            size: u32,
+            members: &[(&str, u32, u32)],
+        ) -> u32 {
+            let tail: Vec<u32> = members
+                .iter()
+                .flat_map(|&(name, of, offset)| [self.name(name), of, 8 * offset])
+                .collect();
+            self.add(name, kind << 24 | members.len() as u32, size, &tail)
+        }
+
+        pub(crate) fn bytes(&self) -> Vec<u8> {
+            let types: Vec<u8> = self.types.iter().flat_map(|w| w.to_le_bytes()).collect();
+            let mut bytes = vec![0x9f, 0xeb, 1, 0];
+            let header = [24, 0, types.len(), types.len(), self.strings.len()];
+            bytes.extend(header.iter().flat_map(|&w| (w as u32).to_le_bytes()));
+            [&bytes[..], &types, &self.strings].concat()
+        }
+    }
 
     /// struct list { struct list *next; };
     /// struct task { int pid; union { u64 word; struct { char name[16]; }; }; struct list tasks; };
     fn sample() -> Vec<u8> {
-        let mut strings = vec![0];
-        let mut name = |text: &str| {
-            let at = strings.len() as u32;
-            strings.extend(text.as_bytes());
-            strings.push(0);
-            at
-        };
-        let (int, list, next, task, pid, word, comm, tasks, alias) = (
-            name("int"),
-            name("list"),
-            name("next"),
-            name("task"),
-            name("pid"),
-            name("word"),
-            name("comm"),
-            name("tasks"),
-            name("alias"),
-        );
-        let info = |kind: u32, members: u32| kind << 24 | members;
-        let types: Vec<u32> = [
-            // 1: int, 2: u64, 3: list, 4: list *
-            &[int, info(1, 0), 4, 32][..],
-            &[int, info(1, 0), 8, 64],
-            &[list, info(4, 1), 8, next, 4, 0],
-            &[0, info(2, 0), 3],
-            // 5: char, 6: char[16], 7: { char comm[16] }, 8: union
-            &[int, info(1, 0), 1, 8],
-            &[0, info(3, 0), 0, 5, 1, 16],
-            &[0, info(4, 1), 16, comm, 6, 0],
-            &[0, info(5, 2), 16, word, 2, 0, 0, 7, 0],
-            // 9: alias of list, 10: task
-            &[alias, info(8, 0), 3],
-            &[task, info(4, 3), 32, pid, 1, 0, 0, 8, 64, tasks, 9, 192],
-        ]
-        .concat();
-        let types: Vec<u8> = types.iter().flat_map(|w| w.to_le_bytes()).collect();
-        let mut bytes = vec![0x9f, 0xeb, 1, 0];
-        let header = [24, 0, types.len(), types.len(), strings.len()];
-        bytes.extend(header.iter().flat_map(|&w| (w as u32).to_le_bytes()));
-        [bytes, types, strings].concat()
+        let mut types = Types::new();
+        let (int, long) = (types.int(4), types.int(8));
+        // The list's own number is the next but one.
+        let pointer = types.pointer(4);
+        let list = types.structure("list", 8, &[("next", pointer, 0)]);
+        let char = types.int(1);
+        let array = types.array(char, 16);
+        let inner = types.structure("", 16, &[("comm", array, 0)]);
+        let either = types.of_kind(KIND_UNION, "", 16, &[("word", long, 0), ("", inner, 0)]);
+        let alias = types.alias("alias", list);
+        let members = [("pid", int, 0), ("", either, 8), ("tasks", alias, 24)];
+        types.structure("task", 32, &members);
+        types.bytes()
     }
 
     #[test]

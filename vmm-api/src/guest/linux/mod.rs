@@ -1,18 +1,23 @@
 //! Linux, from 5.11 on: [`kallsyms`] says where things are, [`btf`] what they are made of; the kernel
-//! log ([`log`]) and the list of tasks ([`tasks`]) are read with both.
+//! log ([`log`]), the list of tasks ([`tasks`]) and that of [`modules`] are read with both.
 
 pub mod btf;
 mod image;
 pub mod kallsyms;
 pub mod log;
+pub mod modules;
 pub mod orc;
 pub mod tasks;
+pub mod vmcoreinfo;
 
 pub use image::symbols;
 
 use super::{GuestError, Symbols, View};
-use btf::Btf;
+use crate::pagewalk::WalkError;
+use btf::{Btf, Member};
 
+/// Longer than any array of characters that is looked at.
+const TEXT_MAX: u64 = 256;
 /// More than any kernel's type information has.
 const BTF_MAX: u64 = 64 << 20;
 
@@ -34,7 +39,10 @@ impl<'a> Linux<'a> {
     /// It says nothing, or nothing that can be read.
     pub fn new(view: View<'a>, symbols: &'a Symbols) -> Result<Self, GuestError> {
         let start = symbols.address("__start_BTF");
-        let start = start.ok_or(GuestError::NoSymbol("__start_BTF", true))?;
+        let start = start.ok_or_else(|| match symbols.address("init_task") {
+            Some(_) => GuestError::NoTypes,
+            None => GuestError::NoSymbol("__start_BTF", true),
+        })?;
         let mut header = [0; 24];
         view.read(start, &mut header)?;
         let size = Btf::size(&header).filter(|&size| size <= BTF_MAX);
@@ -55,9 +63,19 @@ impl<'a> Linux<'a> {
 
     /// Reads a member of a structure that is an integer or a pointer.
     fn member(&self, at: u64, structure: &str, path: &str) -> Result<u64, GuestError> {
-        let member = self.btf.member(structure, path)?;
-        Ok(self
-            .view
-            .number(at.wrapping_add(member.offset), member.size.min(8))?)
+        Ok(self.view.member(at, self.btf.member(structure, path)?)?)
+    }
+}
+
+impl View<'_> {
+    /// Reads a member, an integer or a pointer, of the structure at an address.
+    fn member(&self, at: u64, member: Member) -> Result<u64, WalkError> {
+        self.number(at.wrapping_add(member.offset), member.size.min(8))
+    }
+
+    /// The same of a text in an array.
+    fn text_of(&self, at: u64, member: Member) -> Result<String, WalkError> {
+        let len = member.size.min(TEXT_MAX) as usize;
+        self.text(at.wrapping_add(member.offset), len)
     }
 }

@@ -5,6 +5,9 @@
 //! where it stands, and for each of them 6 bytes that say how to get from the stack pointer there to
 //! the caller's.
 
+use std::ops::Range;
+
+use super::modules::{Module, Orc};
 use crate::guest::{Symbols, View};
 use crate::regs::Registers;
 
@@ -53,42 +56,90 @@ struct Entry {
     frame: Frame,
 }
 
-/// A kernel's unwind table.
+/// A kernel's unwind tables: its own, and those of its modules.
 pub struct Unwinder {
-    /// Where the first address stands.
-    base: u64,
-    addresses: Vec<u8>,
-    entries: Vec<u8>,
+    kernel: Table,
+    modules: Vec<(Vec<Range<u64>>, Table)>,
     /// As it was before Linux 6.4: a type of 2 bits without "end of stack".
     old: bool,
 }
 
-impl Unwinder {
-    /// The table of a kernel, if it has one.
-    pub fn new(view: View<'_>, symbols: &Symbols) -> Option<Self> {
-        let base = symbols.address("__start_orc_unwind_ip")?;
-        let bytes = symbols.address("__stop_orc_unwind_ip")?.checked_sub(base)?;
-        let count = bytes / 4;
-        if count == 0 || count > ENTRIES_MAX {
+struct Table {
+    /// Where the first address stands.
+    base: u64,
+    addresses: Vec<u8>,
+    entries: Vec<u8>,
+}
+
+impl Table {
+    fn read(view: View<'_>, at: Orc) -> Option<Self> {
+        if at.count == 0 || at.count > ENTRIES_MAX {
             return None;
         }
-        let entries = symbols.address("__start_orc_unwind")?;
-        let addresses = view.bytes(base, bytes as usize).ok()?;
-        let entries = view.bytes(entries, count as usize * ENTRY).ok()?;
-        // 6.4 gave each type another number; before, a call was the zero that most entries have.
-        let types = entries.as_chunks::<ENTRY>().0.iter();
-        let zeros = types.filter(|entry| entry[5] & 3 == 0).count();
         Some(Self {
-            base,
-            addresses,
-            old: 2 * zeros > count as usize,
-            entries,
+            base: at.addresses,
+            addresses: view.bytes(at.addresses, at.count as usize * 4).ok()?,
+            entries: view.bytes(at.entries, at.count as usize * ENTRY).ok()?,
         })
     }
 
-    /// The callers of what runs at these registers, itself first; `word` reads the stack.
-    pub fn unwind(&self, registers: &Registers, word: &dyn Fn(u64) -> Option<u64>) -> Vec<u64> {
-        let mut addresses = vec![registers.rip];
+    /// What is known of the code at an address.
+    fn find(&self, ip: u64) -> Option<&[u8; ENTRY]> {
+        let count = self.addresses.len() / 4;
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let middle = (low + high) / 2;
+            if self.address(middle)? <= ip {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        let at = low.checked_sub(1)?;
+        self.entries.as_chunks::<ENTRY>().0.get(at)
+    }
+
+    fn address(&self, number: usize) -> Option<u64> {
+        let at = number * 4;
+        let distance = i32::from_le_bytes(*self.addresses.get(at..)?.first_chunk()?);
+        let here = self.base.wrapping_add(at as u64);
+        Some(here.wrapping_add_signed(distance.into()))
+    }
+}
+
+impl Unwinder {
+    /// The tables of a kernel, if it has them.
+    pub fn new(view: View<'_>, symbols: &Symbols, modules: &[Module]) -> Option<Self> {
+        let addresses = symbols.address("__start_orc_unwind_ip")?;
+        let end = symbols.address("__stop_orc_unwind_ip")?;
+        let at = Orc {
+            addresses,
+            entries: symbols.address("__start_orc_unwind")?,
+            count: end.checked_sub(addresses)? / 4,
+        };
+        let kernel = Table::read(view, at)?;
+        // 6.4 gave each type another number; before, a call was the zero that most entries have.
+        let types = kernel.entries.as_chunks::<ENTRY>().0.iter();
+        let zeros = types.filter(|entry| entry[5] & 3 == 0).count();
+        let modules = modules.iter().filter_map(|module| {
+            let table = Table::read(view, module.orc?)?;
+            Some((module.code.clone(), table))
+        });
+        Some(Self {
+            old: 2 * zeros > at.count as usize,
+            modules: modules.collect(),
+            kernel,
+        })
+    }
+
+    /// The callers of what runs at these registers, itself first, and whether each of them is behind a
+    /// call; `word` reads the stack.
+    pub fn unwind(
+        &self,
+        registers: &Registers,
+        word: &dyn Fn(u64) -> Option<u64>,
+    ) -> Vec<(u64, bool)> {
+        let mut addresses = vec![(registers.rip, false)];
         let (mut ip, mut sp, mut bp) = (registers.rip, registers.rsp, registers.rbp);
         // A return address is behind the call; an interrupted instruction is itself meant.
         let mut exact = true;
@@ -135,7 +186,7 @@ impl Unwinder {
             }
             exact = entry.frame != Frame::Call;
             (ip, sp, bp) = (next_ip, next_sp, next_bp);
-            addresses.push(ip);
+            addresses.push((ip, !exact));
         }
         addresses
     }
@@ -167,19 +218,10 @@ impl Unwinder {
 
     /// What is known of the code at an address.
     fn find(&self, ip: u64) -> Option<Entry> {
-        let count = self.addresses.len() / 4;
-        let (mut low, mut high) = (0, count);
-        while low < high {
-            let middle = (low + high) / 2;
-            if self.address(middle)? <= ip {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        let at = low.checked_sub(1)?;
-        let bytes = self.entries.as_chunks::<ENTRY>().0.get(at)?;
-        let [s0, s1, b0, b1, regs, kind] = *bytes;
+        let mut modules = self.modules.iter();
+        let module = modules.find(|(code, _)| code.iter().any(|range| range.contains(&ip)));
+        let table = module.map_or(&self.kernel, |(_, table)| table);
+        let [s0, s1, b0, b1, regs, kind] = *table.find(ip)?;
         let frame = match (self.old, kind & if self.old { 3 } else { 7 }) {
             // The bit "end" is the last: 2, or 3 behind "signal" in 6.3, where nothing sets both.
             (true, 0) if kind & 0b100 != 0 => Frame::End,
@@ -196,13 +238,6 @@ impl Unwinder {
             frame,
         })
     }
-
-    fn address(&self, number: usize) -> Option<u64> {
-        let at = number * 4;
-        let distance = i32::from_le_bytes(*self.addresses.get(at..)?.first_chunk()?);
-        let here = self.base.wrapping_add(at as u64);
-        Some(here.wrapping_add_signed(distance.into()))
-    }
 }
 
 fn add(address: u64, offset: i16) -> u64 {
@@ -216,15 +251,22 @@ mod tests {
     const BASE: u64 = 0xffff_ffff_8200_0000;
     const CODE: u64 = 0xffff_ffff_8100_0000;
 
-    fn table(entries: &[(u64, [u8; 6])]) -> Unwinder {
+    fn table(entries: &[(u64, [u8; 6])]) -> Table {
         let addresses = (0..).zip(entries).flat_map(|(n, (address, _))| {
             let here = BASE + 4 * n;
             (address.wrapping_sub(here) as i32).to_le_bytes()
         });
-        Unwinder {
+        Table {
             base: BASE,
             addresses: addresses.collect(),
             entries: entries.iter().flat_map(|(_, entry)| *entry).collect(),
+        }
+    }
+
+    fn unwinder(entries: &[(u64, [u8; 6])]) -> Unwinder {
+        Unwinder {
+            kernel: table(entries),
+            modules: Vec::new(),
             old: true,
         }
     }
@@ -245,7 +287,7 @@ mod tests {
 
     #[test]
     fn calls_interrupts_and_the_stacks_end_are_followed() {
-        let unwinder = table(&[
+        let unwinder = unwinder(&[
             // A leaf: the return address is on top of the stack.
             (CODE, [8, 0, 0, 0, SP, 0]),
             // An interrupt's entry: pt_regs are 8 bytes up.
@@ -268,28 +310,53 @@ mod tests {
             (0x3008, CODE + 0x400),
         ]);
         let found = unwinder.unwind(&registers(CODE + 4, 0x1000), &words);
-        let offsets: Vec<_> = found.iter().map(|ip| ip - CODE).collect();
+        let offsets: Vec<_> = found.iter().map(|(ip, call)| (ip - CODE, *call)).collect();
         // Behind a call at a function's very end is the next function's first byte.
-        assert_eq!(offsets, [4, 0x110, 0x210, 0x310, 0x400]);
+        let expected = [
+            (4, false),
+            (0x110, true),
+            (0x210, false),
+            (0x310, true),
+            (0x400, true),
+        ];
+        assert_eq!(offsets, expected);
     }
 
     #[test]
     fn user_mode_and_circles_end_it() {
-        let unwinder = table(&[
+        let unwinder = unwinder(&[
             (CODE, [0, 0, 0, 0, SP, 0]),
             (CODE + 0x100, [0, 0, 0, 0, SP, 1]),
         ]);
         let circle = stack(&[(0xff8, CODE)]);
         let found = unwinder.unwind(&registers(CODE, 0x1000), &circle);
-        assert_eq!(found, [CODE]);
+        assert_eq!(found, [(CODE, false)]);
         let user = stack(&[
             (0x1000 + REGS_IP, 0x40_0000),
             (0x1000 + REGS_CS, 0x33),
             (0x1000 + REGS_SP, 0x7000),
         ]);
         let found = unwinder.unwind(&registers(CODE + 0x100, 0x1000), &user);
-        assert_eq!(found, [CODE + 0x100]);
-        assert_eq!(unwinder.unwind(&registers(1, 2), &user), [1]);
+        assert_eq!(found, [(CODE + 0x100, false)]);
+        assert_eq!(unwinder.unwind(&registers(1, 2), &user), [(1, false)]);
+    }
+
+    #[test]
+    fn a_modules_code_is_looked_up_in_the_modules_table() {
+        const MODULE: u64 = CODE + 0x10_0000;
+        let mut unwinder = unwinder(&[
+            (CODE, [16, 0, 0, 0, SP, 0]),
+            (CODE + 0x100, [0, 0, 0, 0, 0, 4]),
+        ]);
+        let code = vec![MODULE..MODULE + 0x1000];
+        let entries = [(MODULE, [32, 0, 0, 0, SP, 0])];
+        unwinder.modules.push((code, table(&entries)));
+        let words = stack(&[(0x1018, CODE + 8), (0x1028, CODE + 0x101)]);
+        let found = unwinder.unwind(&registers(MODULE + 4, 0x1000), &words);
+        let callers = [(MODULE + 4, false), (CODE + 8, true), (CODE + 0x101, true)];
+        assert_eq!(found, callers);
+        let behind = unwinder.unwind(&registers(MODULE + 0x1000, 0x1000), &words);
+        assert_eq!(behind.len(), 1, "nobody's code");
     }
 
     proptest::proptest! {
@@ -299,7 +366,7 @@ mod tests {
         ) {
             let mut entries: Vec<_> = entries.iter().map(|&(at, e)| (CODE + u64::from(at), e)).collect();
             entries.sort_unstable();
-            let unwinder = Unwinder { old, ..table(&entries) };
+            let unwinder = Unwinder { old, ..unwinder(&entries) };
             let words: Vec<_> = words.iter().map(|&(at, w)| (u64::from(at), CODE + w % 0x10000)).collect();
             let mut registers = registers(CODE + 5, rsp.into());
             registers.rbp = bp.into();
