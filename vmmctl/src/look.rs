@@ -14,7 +14,7 @@ use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
 use vmm_api::regs::Registers;
 
-use crate::cli::{Format, Letter, Place, Syntax, Work};
+use crate::cli::{Format, Letter, Place, Syntax, Until, Work};
 use crate::error::Error;
 use crate::output::{Output, hex};
 use crate::target::VcpuAccess;
@@ -37,18 +37,21 @@ const CODE_32: u32 = 14;
 pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
     let looks = &work.gets.looks;
     if looks.memory.is_some() || looks.disasm.is_some() {
+        let names = wanted_names(access, work)?;
         let view = View {
             work,
             registers: access.registers(work.cpu)?,
             memory: access.open_memory()?,
-            names: names(access, work)?,
+            names: names.as_ref(),
         };
-        if let Some((format, place)) = looks.memory {
-            view.examine(format, place, output)?;
+        if let Some((format, place)) = &looks.memory {
+            view.examine(*format, view.locate(place)?, output)?;
         }
-        if let Some(place) = looks.disasm {
-            let rip = pagewalk::linear_rip(&view.registers);
-            let place = place.unwrap_or(Place::Linear(rip));
+        if let Some(place) = &looks.disasm {
+            let place = match place {
+                Some(place) => view.locate(place)?,
+                None => At::Linear(pagewalk::linear_rip(&view.registers)),
+            };
             let lines = view.disassemble(place, INSTRUCTIONS, output)?;
             output.field("disasm", lines);
         }
@@ -69,7 +72,7 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
     }
 }
 
-/// Shows the instruction that a vCPU executes next.
+/// Shows the instruction that a vCPU executes next, with `names` for addresses.
 ///
 /// # Errors
 ///
@@ -78,14 +81,16 @@ pub fn instruction(
     access: &mut dyn VcpuAccess,
     work: &Work,
     vcpu: u32,
+    names: Option<&Symbols>,
     output: &mut Output,
 ) -> Result<Value, Error> {
     let view = View {
         work,
         registers: access.registers(vcpu)?,
         memory: access.open_memory()?,
+        names,
     };
-    let next = Place::Linear(pagewalk::linear_rip(&view.registers));
+    let next = At::Linear(pagewalk::linear_rip(&view.registers));
     let lines = view.disassemble(next, 1, output)?;
     Ok(lines.get(0).cloned().unwrap_or_default())
 }
@@ -111,20 +116,53 @@ fn held(
     done
 }
 
+/// An address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// Linear, by the vCPU's page tables.
+    Linear(u64),
+    /// Guest-physical.
+    Physical(u64),
+}
+
+impl At {
+    /// The number.
+    fn address(self) -> u64 {
+        match self {
+            Self::Linear(address) | Self::Physical(address) => address,
+        }
+    }
+
+    /// The place `offset` bytes further on.
+    fn offset(self, offset: u64) -> Self {
+        match self {
+            Self::Linear(address) => Self::Linear(address.wrapping_add(offset)),
+            Self::Physical(address) => Self::Physical(address.wrapping_add(offset)),
+        }
+    }
+}
+
 /// A vCPU's view of memory.
 struct View<'a> {
     work: &'a Work,
     registers: Registers,
     memory: MemFile,
     /// For addresses of instructions.
-    names: Option<Symbols>,
+    names: Option<&'a Symbols>,
 }
 
 impl View<'_> {
-    fn read(&self, place: Place, bytes: &mut [u8]) -> Result<(), Error> {
+    fn locate(&self, place: &Place) -> Result<At, Error> {
+        match place {
+            Place::Physical(gpa) => Ok(At::Physical(*gpa)),
+            Place::Linear(place) => locate(self.work, place, self.names).map(At::Linear),
+        }
+    }
+
+    fn read(&self, place: At, bytes: &mut [u8]) -> Result<(), Error> {
         let read = match place {
-            Place::Linear(gla) => pagewalk::copyin(&self.memory, &self.registers, gla, bytes),
-            Place::Physical(gpa) => self
+            At::Linear(gla) => pagewalk::copyin(&self.memory, &self.registers, gla, bytes),
+            At::Physical(gpa) => self
                 .memory
                 .read(gpa, bytes)
                 .map_err(|source| WalkError::Memory { gla: gpa, source }),
@@ -136,7 +174,7 @@ impl View<'_> {
     }
 
     /// As many bytes as can be read, at most `len`.
-    fn read_some(&self, place: Place, len: u64) -> Result<Vec<u8>, Error> {
+    fn read_some(&self, place: At, len: u64) -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; len as usize];
         if self.read(place, &mut bytes).is_ok() {
             return Ok(bytes);
@@ -148,7 +186,7 @@ impl View<'_> {
         Ok(bytes)
     }
 
-    fn examine(&self, format: Format, place: Place, output: &mut Output) -> Result<(), Error> {
+    fn examine(&self, format: Format, place: At, output: &mut Output) -> Result<(), Error> {
         let values = match format.letter {
             Letter::Instruction => self.disassemble(place, format.count, output)?,
             Letter::Text => self.texts(place, format.count, output)?,
@@ -161,7 +199,7 @@ impl View<'_> {
         Ok(())
     }
 
-    fn units(&self, format: Format, place: Place, output: &mut Output) -> Result<Value, Error> {
+    fn units(&self, format: Format, place: At, output: &mut Output) -> Result<Value, Error> {
         let size = usize::from(format.size);
         let mut bytes = vec![0; size * format.count as usize];
         self.read(place, &mut bytes)?;
@@ -181,7 +219,7 @@ impl View<'_> {
         Ok(values.into())
     }
 
-    fn texts(&self, mut place: Place, count: u32, output: &mut Output) -> Result<Value, Error> {
+    fn texts(&self, mut place: At, count: u32, output: &mut Output) -> Result<Value, Error> {
         let mut values = Vec::new();
         for _ in 0..count {
             let bytes = self.read_some(place, TEXT_MAX)?;
@@ -199,12 +237,7 @@ impl View<'_> {
         Ok(values.into())
     }
 
-    fn disassemble(
-        &self,
-        mut place: Place,
-        count: u32,
-        output: &mut Output,
-    ) -> Result<Value, Error> {
+    fn disassemble(&self, mut place: At, count: u32, output: &mut Output) -> Result<Value, Error> {
         let access = self.registers.cs.access;
         let long = self.registers.efer >> 10 & 1 != 0 && access.bit(CODE_64);
         let bits = match (long, access.bit(CODE_32)) {
@@ -246,7 +279,7 @@ impl View<'_> {
             let code = bytes.get(..len).unwrap_or(&[]);
             let code: Vec<_> = code.iter().map(|b| format!("{b:02x}")).collect();
             let code = code.join(" ");
-            let here = place == Place::Linear(next);
+            let here = place == At::Linear(next);
             let arrow = if here { "=>" } else { "  " };
             let mut value = json!({ "address": hex(address), "bytes": code });
             let mut shown = String::new();
@@ -256,8 +289,8 @@ impl View<'_> {
             }
             // Where it leads to; 0 is nowhere.
             let target = match (place, instruction.near_branch_target()) {
-                (Place::Physical(_), _) | (_, 0) => None,
-                (Place::Linear(_), target) => self.name(Place::Linear(target)),
+                (At::Physical(_), _) | (_, 0) => None,
+                (At::Linear(_), target) => self.name(At::Linear(target)),
             };
             if let Some(name) = target {
                 text += &format!(" <{name}>");
@@ -273,10 +306,10 @@ impl View<'_> {
     }
 
     /// The function at a place.
-    fn name(&self, place: Place) -> Option<String> {
+    fn name(&self, place: At) -> Option<String> {
         match place {
-            Place::Linear(address) => self.names.as_ref()?.name(address),
-            Place::Physical(_) => None,
+            At::Linear(address) => self.names?.name(address),
+            At::Physical(_) => None,
         }
     }
 }
@@ -338,20 +371,56 @@ pub fn named(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Kernel>,
     }
 }
 
-/// Names for addresses of instructions, if instructions are to be shown and there are names; unless a file
-/// is named they are no more than an addition, and their lack is no news.
-fn names(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Symbols>, Error> {
+/// Names, if instructions are to be shown or something is asked for by its name.
+fn wanted_names(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Symbols>, Error> {
     let looks = &work.gets.looks;
-    let code = matches!(looks.memory, Some((format, _)) if format.letter == Letter::Instruction);
-    if !code && looks.disasm.is_none() {
-        return Ok(None);
+    let named = |place: &Place| matches!(place, Place::Linear(place) if place.is_named());
+    let memory = looks.memory.as_ref();
+    let disasm = looks.disasm.as_ref().and_then(Option::as_ref);
+    let required = memory.is_some_and(|(_, place)| named(place)) || disasm.is_some_and(named);
+    let code = memory.is_some_and(|(format, _)| format.letter == Letter::Instruction);
+    if required || code || looks.disasm.is_some() {
+        names(access, work, required)
+    } else {
+        Ok(None)
     }
+}
+
+/// The kernel's names. Unless they are required, or a file is named for them, they are no more than an
+/// addition, and their lack is no news.
+///
+/// # Errors
+///
+/// There are none, or the VM cannot be asked.
+pub fn names(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    required: bool,
+) -> Result<Option<Symbols>, Error> {
     let memory = access.open_memory()?;
     match kernel(access, work, &memory) {
         Ok(kernel) => Ok(Some(kernel.with_modules(&memory).symbols)),
-        Err(error) if looks.symbols.is_some() => Err(error),
+        Err(error) if required || work.gets.looks.symbols.is_some() => Err(error),
         Err(_) => Ok(None),
     }
+}
+
+/// The linear address of a place.
+///
+/// # Errors
+///
+/// The kernel has no such symbol.
+pub fn locate(work: &Work, place: &Until, names: Option<&Symbols>) -> Result<u64, Error> {
+    let (name, offset) = match place {
+        Until::Address(address) => return Ok(*address),
+        Until::Symbol { name, offset } => (name, *offset),
+    };
+    let address = names.and_then(|names| names.address(name));
+    let address = address.ok_or_else(|| Error::NoSymbol {
+        vm: work.vm.clone(),
+        name: name.clone(),
+    })?;
+    Ok(address.wrapping_add(offset))
 }
 
 /// Shows what the kernel has to say: its log, its processes.

@@ -4,7 +4,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde_json::json;
 use vmm_api::control::{ClientError, Refusal, RunPhase};
-use vmm_api::guest::SymbolError;
 use vmm_api::pagewalk;
 
 use crate::cli::{Until, Work};
@@ -29,7 +28,8 @@ pub fn until(
     output: &mut Output,
 ) -> Result<(), Error> {
     let was = access.live()?.status()?.phase;
-    let address = find(access, work, place)?;
+    let names = look::names(access, work, place.is_named())?;
+    let address = look::locate(work, place, names.as_ref())?;
     let interrupt = Interrupt::new()?;
     // It is there already: that is what it leaves, not what it comes to.
     access.live()?.pause()?;
@@ -62,27 +62,9 @@ pub fn until(
         }
     };
     output.line(&format!("vcpu{vcpu}:"));
-    look::instruction(access, work, vcpu, output)?;
+    look::instruction(access, work, vcpu, names.as_ref(), output)?;
     output.field("until", json!({ "vcpu": vcpu, "address": hex(address) }));
     Ok(())
-}
-
-/// Where a place is.
-fn find(access: &mut dyn VcpuAccess, work: &Work, place: &Until) -> Result<u64, Error> {
-    let (name, offset) = match place {
-        Until::Address(address) => return Ok(*address),
-        Until::Symbol { name, offset } => (name, *offset),
-    };
-    let kernel = look::named(access, work)?.ok_or_else(|| Error::Symbols {
-        vm: work.vm.clone(),
-        source: SymbolError::Nowhere,
-    })?;
-    let address = kernel.symbols.address(name);
-    let address = address.ok_or_else(|| Error::NoSymbol {
-        vm: work.vm.clone(),
-        name: name.clone(),
-    })?;
-    Ok(address.wrapping_add(offset))
 }
 
 /// Has a vCPU execute instructions one by one while the others wait, and shows each, and the one that
@@ -98,12 +80,14 @@ pub fn step(
     output: &mut Output,
 ) -> Result<(), Error> {
     access.live()?.pause()?;
+    let names = look::names(access, work, false)?;
+    let names = names.as_ref();
     let mut shown = Vec::new();
     for _ in 0..count {
-        shown.push(look::instruction(access, work, work.cpu, output)?);
+        shown.push(look::instruction(access, work, work.cpu, names, output)?);
         access.live()?.step(work.cpu)?;
     }
-    shown.push(look::instruction(access, work, work.cpu, output)?);
+    shown.push(look::instruction(access, work, work.cpu, names, output)?);
     output.field("step", shown);
     Ok(())
 }

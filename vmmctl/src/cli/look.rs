@@ -7,7 +7,7 @@ use std::str::FromStr;
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-use super::wrong;
+use super::{Until, wrong};
 use crate::number;
 
 /// Units and instructions that are shown at most.
@@ -36,31 +36,13 @@ pub struct Looks {
     pub core: Option<PathBuf>,
 }
 
-/// An address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where something is.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Linear, by the vCPU's page tables.
-    Linear(u64),
+    Linear(Until),
     /// Guest-physical.
     Physical(u64),
-}
-
-impl Place {
-    /// The number.
-    pub fn address(self) -> u64 {
-        match self {
-            Self::Linear(address) | Self::Physical(address) => address,
-        }
-    }
-
-    /// The place `offset` bytes further on.
-    #[must_use]
-    pub fn offset(self, offset: u64) -> Self {
-        match self {
-            Self::Linear(address) => Self::Linear(address.wrapping_add(offset)),
-            Self::Physical(address) => Self::Physical(address.wrapping_add(offset)),
-        }
-    }
 }
 
 impl FromStr for Place {
@@ -69,7 +51,7 @@ impl FromStr for Place {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.strip_prefix("phys:") {
             Some(address) => number::parse(address).map(Self::Physical),
-            None => number::parse(text).map(Self::Linear),
+            None => text.parse().map(Self::Linear),
         }
     }
 }
@@ -179,13 +161,13 @@ pub(super) fn options(command: Command) -> Command {
     };
     command
         .arg(
-            arg("x", "Show memory as gdb's x does: --x/16xg ADDR, --x/s ADDR; phys:ADDR is guest-physical, else vCPU --cpu's page tables lead there")
-                .value_names(["FMT", "ADDR"])
+            arg("x", "Show memory as gdb's x does: --x/16xg ADDR, --x/s linux_banner; phys:ADDR is guest-physical, else vCPU --cpu's page tables lead there")
+                .value_names(["FMT", "SYMBOL|ADDR"])
                 .num_args(2),
         )
         .arg(
             arg("disasm", "Show 16 instructions, from vCPU --cpu's next one on")
-                .value_name("ADDR")
+                .value_name("SYMBOL|ADDR")
                 .num_args(0..=1)
                 .require_equals(true)
                 .value_parser(ValueParser::new(|text: &str| text.parse::<Place>())),
@@ -236,7 +218,7 @@ pub(super) fn looks(matches: &ArgMatches) -> Result<Looks, clap::Error> {
     let disasm = matches.contains_id("disasm");
     Ok(Looks {
         memory,
-        disasm: disasm.then(|| matches.get_one::<Place>("disasm").copied()),
+        disasm: disasm.then(|| matches.get_one::<Place>("disasm").cloned()),
         syntax: matches
             .get_one::<Syntax>("syntax")
             .copied()
@@ -267,6 +249,9 @@ mod tests {
         }
         assert_eq!("phys:0x10".parse(), Ok(Place::Physical(16)));
         assert!("phys:".parse::<Place>().is_err());
+        assert!("phys:jiffies".parse::<Place>().is_err());
+        let text = "jiffies".parse();
+        assert_eq!("jiffies".parse(), text.map(Place::Linear));
     }
 
     proptest::proptest! {

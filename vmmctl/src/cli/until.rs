@@ -1,4 +1,5 @@
-//! Where `--until` leads to: `0xffffffff81000000`, `do_sys_openat2`, `do_sys_openat2+0x10`.
+//! A place in a kernel, as `--until` and `--disasm` take it: `0xffffffff81000000`, `do_sys_openat2`,
+//! `do_sys_openat2+0x10`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,7 +13,7 @@ pub enum Until {
     Address(u64),
     /// What its symbols say.
     Symbol {
-        /// A function.
+        /// A function or variable.
         name: String,
         /// Bytes behind its beginning.
         offset: u64,
@@ -30,13 +31,21 @@ impl FromStr for Until {
             Some((name, offset)) => (name, number::parse(offset)?),
             None => (text, 0),
         };
-        if name.is_empty() || !name.chars().all(|c| c.is_ascii_graphic()) {
-            return Err("write an address, a function, or FUNCTION+OFFSET".into());
+        // A word with a colon is another kind of place.
+        if name.is_empty() || !name.chars().all(|c| c.is_ascii_graphic() && c != ':') {
+            return Err("write an address, a symbol, or SYMBOL+OFFSET".into());
         }
         Ok(Self::Symbol {
             name: name.to_owned(),
             offset,
         })
+    }
+}
+
+impl Until {
+    /// Whether it takes symbols to find it.
+    pub fn is_named(&self) -> bool {
+        matches!(self, Self::Symbol { .. })
     }
 }
 
@@ -60,7 +69,7 @@ mod tests {
             assert_eq!(text.parse::<Until>().unwrap().to_string(), text);
         }
         assert_eq!("4096".parse(), Ok(Until::Address(4096)));
-        for text in ["", "+0x10", "panic+", "panic+x", "0x", "two words"] {
+        for text in ["", "+0x10", "panic+", "panic+x", "0x", "two words", "a:b"] {
             assert!(text.parse::<Until>().is_err(), "{text}");
         }
     }

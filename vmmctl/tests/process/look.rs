@@ -79,9 +79,10 @@ fn memory_is_shown_as_gdb_shows_it() {
     for options in [
         "--x/0xg 1",
         "--x/xz 1",
-        "--x/x here",
+        "--x/x here+",
         "--x/x",
-        "--disasm=here",
+        "--x/x phys:here",
+        "--disasm=here+there",
     ] {
         bench.fails(&format!("--vm=guest0 {options}"), 64);
     }
@@ -119,6 +120,25 @@ fn instructions_are_shown_in_both_syntaxes() {
     let said = bench.json(&format!("--vm=guest0 --disasm {symbols}"));
     assert_eq!(said["disasm"][0].get("name"), None);
     assert_eq!(said["disasm"][2]["name"], "code+0x8");
+    assert_eq!(
+        bench.ok(&format!("--vm=guest0 --x/2xb code+8 {symbols}")),
+        "0xffffff800000500c:\t0x0f\t0x0b\n"
+    );
+    let by_name = bench.ok(&format!("--vm=guest0 --disasm=code {symbols}"));
+    assert!(
+        by_name.starts_with("   0xffffff8000005004 <code+0x0>:\t"),
+        "{by_name}"
+    );
+    let error = bench.fails(&format!("--vm=guest0 --disasm=other {symbols}"), 1);
+    assert_eq!(
+        error,
+        "vmmctl: guest0: its kernel has nothing called other: see /proc/kallsyms there, or give an address\n"
+    );
+    let error = bench.fails("--vm=guest0 --x/1xg code", 1);
+    assert!(
+        error.starts_with("vmmctl: guest0: no names for addresses"),
+        "{error}"
+    );
     // A file that is named has to have names.
     fs::write(&map, "").unwrap();
     let error = bench.fails(&format!("--vm=guest0 --disasm {symbols}"), 1);
