@@ -114,7 +114,7 @@ pub fn check(input: &[u8]) -> bool {
     }
     let module = Module {
         name: "module".into(),
-        code: vec![0x204..0x208],
+        code: std::iter::once(0x204..0x208).collect(),
         orc: Some(Orc {
             addresses: 0x60,
             entries: 0x70,
