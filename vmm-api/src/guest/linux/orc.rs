@@ -348,7 +348,7 @@ mod tests {
             (CODE, [16, 0, 0, 0, SP, 0]),
             (CODE + 0x100, [0, 0, 0, 0, 0, 4]),
         ]);
-        let code = vec![MODULE..MODULE + 0x1000];
+        let code: Vec<_> = std::iter::once(MODULE..MODULE + 0x1000).collect();
         let entries = [(MODULE, [32, 0, 0, 0, SP, 0])];
         unwinder.modules.push((code, table(&entries)));
         let words = stack(&[(0x1018, CODE + 8), (0x1028, CODE + 0x101)]);
