@@ -36,6 +36,8 @@ pub struct Row {
     pub exits: BTreeMap<String, f64>,
     /// Accesses to devices in a second, by device.
     pub devices: BTreeMap<String, f64>,
+    /// Bytes that its virtio devices move in a second, by slot and kind.
+    pub moved: BTreeMap<String, f64>,
     /// Bytes of memory that are really there.
     pub resident: u64,
     /// Bytes of memory that it has.
@@ -52,6 +54,11 @@ impl Row {
         self.exits.values().sum()
     }
 
+    /// All bytes moved in a second.
+    pub fn moved_a_second(&self) -> f64 {
+        self.moved.values().sum()
+    }
+
     /// It can be paused or resumed.
     pub fn is_live(&self) -> bool {
         self.phase == "running" || self.phase == "paused"
@@ -65,6 +72,7 @@ struct Counts {
     total: f64,
     exits: BTreeMap<String, u64>,
     devices: BTreeMap<String, u64>,
+    moved: BTreeMap<String, u64>,
 }
 
 /// Takes samples of all VMs.
@@ -166,6 +174,15 @@ fn describe(root: &Root, name: &VmName, row: &mut Row) -> Result<Option<Counts>,
         }
         row.places.push(stats);
     }
+    for device in client.devices()? {
+        let bytes = device.counters.iter();
+        let bytes = bytes.filter(|(name, _)| name.split(' ').any(|word| word == "bytes"));
+        let bytes: Vec<u64> = bytes.map(|(_, count)| *count).collect();
+        if !bytes.is_empty() {
+            let name = format!("{} {}", device.slot, device.kind);
+            counts.moved.insert(name, bytes.iter().sum());
+        }
+    }
     Ok(Some(counts))
 }
 
@@ -202,6 +219,7 @@ fn rates(row: &mut Row, before: &Counts, now: &Counts, time: Duration) {
     };
     row.exits = each(&before.exits, &now.exits);
     row.devices = each(&before.devices, &now.devices);
+    row.moved = each(&before.moved, &now.moved);
     row.guest = 100.0 * (now.guest - before.guest).max(0.0) / seconds;
     let total = 100.0 * (now.total - before.total).max(0.0) / seconds;
     row.host = (total - row.guest).max(0.0);
@@ -218,12 +236,14 @@ mod tests {
             total,
             exits: [("inout".into(), outs)].into(),
             devices: [("com1".into(), outs / 2)].into(),
+            moved: [("0:2:0 virtio-blk".into(), outs * 512)].into(),
         };
         let mut row = Row::default();
         let time = Duration::from_secs(2);
         rates(&mut row, &counts(1.0, 3.0, 10), &counts(2.0, 5.0, 30), time);
         assert_eq!((row.guest, row.host), (50.0, 50.0));
         assert_eq!((row.exits["inout"], row.devices["com1"]), (10.0, 5.0));
+        assert_eq!(row.moved_a_second(), 5120.0);
         rates(&mut row, &counts(2.0, 5.0, 30), &counts(2.0, 5.0, 1), time);
         assert_eq!(row.exits_a_second(), 0.0);
         assert!(processor_time(std::process::id()).is_some());

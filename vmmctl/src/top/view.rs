@@ -1,5 +1,7 @@
 //! What `top` shows: a line for each VM, or one VM from near.
 
+use std::collections::BTreeMap;
+
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Modifier, Style};
@@ -51,8 +53,8 @@ pub fn draw(frame: &mut Frame, top: &Top) {
 
 fn all(frame: &mut Frame, top: &Top, area: Rect) {
     let header = [
-        "NAME", "PHASE", "VCPUS", "GUEST%", "HOST%", "EXITS/S", "INOUT", "MMIO", "OTHER", "MEMORY",
-        "CPU",
+        "NAME", "PHASE", "VCPUS", "GUEST%", "HOST%", "EXITS/S", "INOUT", "MMIO", "OTHER", "IO/S",
+        "MEMORY", "CPU",
     ];
     let lines = top.rows.iter().map(|row| {
         let reason = |name| row.exits.get(name).copied().unwrap_or(0.0);
@@ -68,6 +70,7 @@ fn all(frame: &mut Frame, top: &Top, area: Rect) {
             number(inout),
             number(mmio),
             number(other.max(0.0)),
+            Cell::from(Line::from(bytes(row.moved_a_second())).right_aligned()),
             Cell::from(Line::from(memory(row)).right_aligned()),
             Cell::from(spark(row)),
         ])
@@ -79,11 +82,12 @@ fn all(frame: &mut Frame, top: &Top, area: Rect) {
         Constraint::Length(6),
         Constraint::Length(5),
         Constraint::Length(7),
-        Constraint::Length(7),
-        Constraint::Length(7),
-        Constraint::Length(7),
+        Constraint::Length(6),
+        Constraint::Length(6),
+        Constraint::Length(6),
+        Constraint::Length(5),
         Constraint::Length(12),
-        Constraint::Length(16),
+        Constraint::Length(SPARK),
     ];
     let table = Table::new(lines, widths)
         .header(Cells::new(header).style(Style::new().add_modifier(Modifier::REVERSED)))
@@ -96,17 +100,17 @@ fn all(frame: &mut Frame, top: &Top, area: Rect) {
 /// One VM.
 fn near(frame: &mut Frame, row: &Row, area: Rect) {
     let [facts, spark, exits] = Layout::vertical([
-        Constraint::Length(4),
+        Constraint::Length(5),
         Constraint::Length(5),
         Constraint::Min(3),
     ])
     .areas(area);
-    let list = |rates: &std::collections::BTreeMap<String, f64>| {
+    let list = |rates: &BTreeMap<String, f64>, write: fn(f64) -> String| {
         let mut rates: Vec<_> = rates.iter().filter(|(_, rate)| **rate >= 0.5).collect();
         rates.sort_by(|a, b| b.1.total_cmp(a.1));
         let texts: Vec<_> = rates
             .iter()
-            .map(|(name, rate)| format!("{name} {rate:.0}"))
+            .map(|(name, rate)| format!("{name} {}", write(**rate)))
             .collect();
         match texts.as_slice() {
             [] => "none".to_owned(),
@@ -123,8 +127,12 @@ fn near(frame: &mut Frame, row: &Row, area: Rect) {
                 memory(row)
             )),
             Line::from(format!("guest {:.0} %, host {:.0} %", row.guest, row.host)),
-            Line::from(format!("exits/s: {}", list(&row.exits))),
-            Line::from(format!("devices, accesses/s: {}", list(&row.devices))),
+            Line::from(format!("exits/s: {}", list(&row.exits, whole))),
+            Line::from(format!(
+                "devices, accesses/s: {}",
+                list(&row.devices, whole)
+            )),
+            Line::from(format!("devices, bytes/s: {}", list(&row.moved, bytes))),
         ]),
         facts,
     );
@@ -153,8 +161,29 @@ fn near(frame: &mut Frame, row: &Row, area: Rect) {
 }
 
 fn number(value: f64) -> Cell<'static> {
+    Cell::from(Line::from(whole(value)).right_aligned())
+}
+
+fn whole(value: f64) -> String {
     // No sum of nothing is less than nothing.
-    Cell::from(Line::from(format!("{:.0}", value + 0.0)).right_aligned())
+    format!("{:.0}", value + 0.0)
+}
+
+/// Bytes in four or five characters, by powers of 1024 as sizes of memory are.
+fn bytes(mut value: f64) -> String {
+    let mut units = ["", "K", "M", "G"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    for next in units {
+        if value < 1000.0 {
+            break;
+        }
+        (value, unit) = (value / 1024.0, next);
+    }
+    match unit {
+        "" => whole(value),
+        _ if value < 9.95 => format!("{value:.1}{unit}"),
+        _ => format!("{value:.0}{unit}"),
+    }
 }
 
 fn memory(row: &Row) -> String {
@@ -162,11 +191,14 @@ fn memory(row: &Row) -> String {
     format!("{used}/{}", MemSize(row.memory))
 }
 
+/// Samples that a line has room for.
+const SPARK: u16 = 13;
+
 /// The history as letters of rising height.
 fn spark(row: &Row) -> String {
     const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let most = f64::from(100 * row.vcpus.max(1));
-    let shown = row.history.iter().rev().take(16).rev();
+    let shown = row.history.iter().rev().take(SPARK.into()).rev();
     let level = |&percent: &u64| {
         let part = (percent as f64 / most * 8.0) as usize;
         LEVELS.get(part.min(7)).copied().unwrap_or(' ')
@@ -212,6 +244,7 @@ mod tests {
             host: 20.0,
             exits: [("inout".into(), 1200.0), ("mmio".into(), 30.0)].into(),
             devices: [("com1".into(), 1200.0)].into(),
+            moved: [("0:2:0 virtio-blk".into(), 3e6)].into(),
             resident: 70 << 20,
             memory: 512 << 20,
             history: (0..30).map(|n| n * 7).collect(),
@@ -234,6 +267,15 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(110, 20)).unwrap();
         terminal.draw(|frame| draw(frame, top)).unwrap();
         terminal.backend().to_string()
+    }
+
+    #[test]
+    fn bytes_have_the_unit_that_fits() {
+        let said = [0.0, 999.0, 1000.0, 10_240.0, 3e6, 5e9, 9e15].map(bytes);
+        assert_eq!(
+            said,
+            ["0", "999", "1.0K", "10K", "2.9M", "4.7G", "8381903G"]
+        );
     }
 
     #[test]
