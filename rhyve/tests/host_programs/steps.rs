@@ -18,7 +18,8 @@ fn rip(place: &Place, vcpu: u32) -> u64 {
 /// The addresses that lines of instructions begin with.
 fn addresses(shown: &str) -> Vec<u64> {
     let lines = shown.lines().filter_map(|line| line.strip_prefix("=> 0x"));
-    let digits = lines.map(|rest| rest.split(':').next().unwrap());
+    // A name may stand behind it.
+    let digits = lines.map(|rest| rest.split([':', ' ']).next().unwrap());
     digits
         .map(|digits| u64::from_str_radix(digits, 16).unwrap())
         .collect()
