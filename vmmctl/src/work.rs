@@ -222,6 +222,10 @@ fn get(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<
         let registers = access.registers(work.cpu)?;
         show(&registers, work, output)?;
     }
+    if gets.all {
+        // 2012's --get-all ends with these.
+        output.line("VMCS and VMCB fields\tnot available through KVM");
+    }
     detail::show(access, work, output)?;
     look::show(access, work, output)?;
     if gets.devices {

@@ -39,7 +39,7 @@ Output:
   name desc[cpu]<tab>BASE/LIMIT/ACCESS       a descriptor
   lowmem<tab>ADDRESS/LENGTH                  memory, by its guest-physical address: KVM does not
                                              tell the host-physical one, which stood here in 2012
-  Everything is hexadecimal but the statistics.
+  --get-all ends with a word on what KVM does not tell. Everything is hexadecimal but the statistics.
 
 Examples:
   vmmctl --list

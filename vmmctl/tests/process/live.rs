@@ -22,7 +22,7 @@ fn registers_of_a_running_vm_are_shown_and_changed() {
     );
     assert_eq!(machine.inner.lock().unwrap().vcpus[1].rip, 0x1000);
     assert_eq!(bench.state("guest0").vcpus[0].registers.rip, 0xfff0);
-    assert_eq!(bench.ok("--vm=guest0 --get-all").lines().count(), 55);
+    assert_eq!(bench.ok("--vm=guest0 --get-all").lines().count(), 56);
     let said = bench.json("--vm=guest0 --pause --get-cr0 --get-lowmem --resume");
     assert_eq!(
         said,
