@@ -15,6 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use vmm_api::control::Refusal;
+use vmm_api::kvm::DebugControl;
+
+use crate::control::refusal;
+use crate::machine::Machine;
 use crate::sequencer::Mailbox;
 
 mod points;
@@ -23,6 +28,12 @@ pub mod server;
 pub mod session;
 mod stepping;
 pub mod target;
+
+/// What a vCPU stops with (Intel SDM volume 3, 6.15): at a debug register or after a step, at an INT3.
+const DEBUG_EXCEPTION: u32 = 1;
+const BREAKPOINT_EXCEPTION: u32 = 3;
+/// DR6.BS (Intel SDM volume 3, 17.2.3).
+const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 /// A vCPU stopped for the debugger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +141,32 @@ impl Debugger {
 
     fn stops(&self) -> MutexGuard<'_, VecDeque<Stop>> {
         self.stops.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Machine {
+    /// Gives a vCPU that stopped the exception that was its guest's own, and lets it go on. `control` is
+    /// what it stops at.
+    ///
+    /// # Errors
+    ///
+    /// The vCPU does not answer, or KVM refuses.
+    fn pass_on(&self, vcpu: u32, exception: u32, control: &DebugControl) -> Result<(), Refusal> {
+        let mut control = *control;
+        let given = self.ask(vcpu, move |kvm| {
+            if exception == BREAKPOINT_EXCEPTION {
+                control.pass_on = true;
+                kvm.set_debug(&control)
+            } else {
+                kvm.inject_exception(1, None)
+            }
+        })?;
+        given.map_err(refusal)?;
+        // Whoever has paused or ended the machine meanwhile has it so.
+        if !self.is_paused() && self.ending.cause().is_none() {
+            self.debugger.release(vcpu);
+        }
+        Ok(())
     }
 }
 

@@ -333,20 +333,7 @@ impl Inferior for MachineInferior<'_> {
         exception: u32,
         control: &DebugControl,
     ) -> Result<(), InferiorError> {
-        let mut control = *control;
-        self.machine.ask(vcpu, move |kvm| {
-            if exception == 3 {
-                control.pass_on = true;
-                kvm.set_debug(&control)
-            } else {
-                kvm.inject_exception(1, None)
-            }
-        })??;
-        // Whoever has paused or ended the machine meanwhile has it so.
-        if !self.machine.is_paused() && self.machine.ending.cause().is_none() {
-            self.machine.debugger.release(vcpu);
-        }
-        Ok(())
+        Ok(self.machine.pass_on(vcpu, exception, control)?)
     }
 
     fn hold(&self) -> Result<(), InferiorError> {

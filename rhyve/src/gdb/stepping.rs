@@ -11,16 +11,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_api::control::Refusal;
 use vmm_api::kvm::{DebugControl, Point, PointKind};
 
-use super::{Debugger, Stop};
+use super::{DR6_SINGLE_STEP, Debugger, Stop};
 use crate::control::refusal;
 use crate::machine::Machine;
 
 /// How long one instruction may take. One that waits, as HLT does, takes longer.
 const INSTRUCTION: Duration = Duration::from_millis(500);
 
-const DEBUG_EXCEPTION: u32 = 1;
+/// DR6.B0 (Intel SDM volume 3, 17.2.3).
 const DR6_POINT_0: u64 = 1;
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 impl Machine {
     /// Has one vCPU execute one instruction while the others wait; interrupts wait as well where KVM can
@@ -36,7 +35,7 @@ impl Machine {
             step: true,
             ..DebugControl::default()
         };
-        let session = Session::begin(self)?;
+        let session = Session::begin(self, control)?;
         session.arm([vcpu], &control)?;
         let stop = session.run(
             |one| one == vcpu,
@@ -61,7 +60,7 @@ impl Machine {
     pub fn run_until(&self, gla: u64, patience: Duration) -> Result<Option<u32>, Refusal> {
         let mut control = DebugControl::default();
         control.points[0] = Point::new(gla, 1, PointKind::Execute);
-        let session = Session::begin(self)?;
+        let session = Session::begin(self, control)?;
         session.arm(0..self.vcpu_count(), &control)?;
         let stop = session.run(|_| true, patience, |stop| stop.dr6 & DR6_POINT_0 != 0)?;
         Ok(stop.map(|stop| stop.vcpu))
@@ -72,11 +71,13 @@ impl Machine {
 struct Session<'a> {
     machine: &'a Machine,
     debugger: &'a Debugger,
+    /// What the vCPUs that run stop at.
+    control: DebugControl,
     _seat: std::sync::MutexGuard<'a, ()>,
 }
 
 impl<'a> Session<'a> {
-    fn begin(machine: &'a Machine) -> Result<Self, Refusal> {
+    fn begin(machine: &'a Machine, control: DebugControl) -> Result<Self, Refusal> {
         let debugger = &*machine.debugger;
         let seat = match debugger.seat.try_lock() {
             Ok(seat) => seat,
@@ -91,6 +92,7 @@ impl<'a> Session<'a> {
         Ok(Self {
             machine,
             debugger,
+            control,
             _seat: seat,
         })
     }
@@ -154,15 +156,10 @@ impl<'a> Session<'a> {
                 found = found.or(Some(stop));
                 continue;
             }
-            if stop.exception == DEBUG_EXCEPTION {
-                let given = self
-                    .machine
-                    .ask(stop.vcpu, |kvm| kvm.inject_exception(1, None))?;
-                given.map_err(refusal)?;
-            }
-            if !self.machine.is_paused() {
-                self.debugger.release(stop.vcpu);
-            }
+            let Stop {
+                vcpu, exception, ..
+            } = stop;
+            self.machine.pass_on(vcpu, exception, &self.control)?;
         }
         Ok(found)
     }

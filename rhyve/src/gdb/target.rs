@@ -23,15 +23,12 @@ use vmm_api::memory::GuestRam;
 use vmm_api::pagewalk;
 use vmm_api::regs::Registers;
 
-use super::Stop;
 use super::points::Points;
 use super::registers::{VcpuRegisters, X86};
+use super::{BREAKPOINT_EXCEPTION, DEBUG_EXCEPTION, DR6_SINGLE_STEP, Stop};
 
 const EFAULT: u8 = 14;
 const EINVAL: u8 = 22;
-const DEBUG_EXCEPTION: u32 = 1;
-const BREAKPOINT_EXCEPTION: u32 = 3;
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 const PAGE: u64 = 0x1000;
 
 /// Why the machine does not do what a debugger wants.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use vmm_api::control::Client;
 
-use crate::guests::{ask, start_probe};
+use crate::guests::{ENTRY, ask, load_code, start_probe};
 use crate::support::{Place, Process};
 
 fn rip(place: &Place, vcpu: u32) -> u64 {
@@ -154,4 +154,20 @@ fn a_guest_is_suspended_to_another_name() {
     let mut guest = Process::start(place.command("rhyve after"));
     guest.console.send("echo again");
     guest.console.expect("again\r\nprobe> ");
+}
+
+#[test]
+fn a_guests_own_breakpoint_is_its_own() {
+    let place = Place::new();
+    // 1: jmp 1b; int3, for which it has no handler.
+    load_code(&place, b"\xeb\xfe\xcc");
+    let mut guest = place.start("");
+    place.ok(&format!(
+        "vmmctl --vm=guest0 --pause --set-rip={:#x}",
+        ENTRY + 2
+    ));
+    let leads = place.run("vmmctl --vm=guest0 --until=0x1234567");
+    assert_eq!(leads.status, Some(1), "{leads:?}");
+    let ended = guest.wait();
+    assert_eq!(ended.status, Some(3), "{ended:?}");
 }
