@@ -14,7 +14,7 @@ use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
 use vmm_api::regs::Registers;
 
-use crate::cli::{Format, Letter, Place, Syntax, Until, Work};
+use crate::cli::{Format, Letter, Location, Place, Syntax, Work};
 use crate::error::Error;
 use crate::output::{Output, hex};
 use crate::target::VcpuAccess;
@@ -410,10 +410,10 @@ pub fn names(
 /// # Errors
 ///
 /// The kernel has no such symbol.
-pub fn locate(work: &Work, place: &Until, names: Option<&Symbols>) -> Result<u64, Error> {
+pub fn locate(work: &Work, place: &Location, names: Option<&Symbols>) -> Result<u64, Error> {
     let (name, offset) = match place {
-        Until::Address(address) => return Ok(*address),
-        Until::Symbol { name, offset } => (name, *offset),
+        Location::Address(address) => return Ok(*address),
+        Location::Symbol { name, offset } => (name, *offset),
     };
     let address = names.and_then(|names| names.address(name));
     let address = address.ok_or_else(|| Error::NoSymbol {

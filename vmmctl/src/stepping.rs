@@ -6,7 +6,7 @@ use serde_json::json;
 use vmm_api::control::{ClientError, Refusal, RunPhase};
 use vmm_api::pagewalk;
 
-use crate::cli::{Until, Work};
+use crate::cli::{Location, Work};
 use crate::error::Error;
 use crate::look;
 use crate::output::{Output, hex};
@@ -24,7 +24,7 @@ const SLICE_MS: u32 = 200;
 pub fn until(
     access: &mut dyn VcpuAccess,
     work: &Work,
-    place: &Until,
+    place: &Location,
     output: &mut Output,
 ) -> Result<(), Error> {
     let was = access.live()?.status()?.phase;

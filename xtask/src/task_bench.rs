@@ -5,10 +5,12 @@
 //! [`crate::bench`]; in the nested one it is this program that runs them, under a hidden verb.
 
 use std::env;
+use std::error::Error;
 use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::bench::boot::{self, Boots, Parts};
 use crate::bench::control;
@@ -134,24 +136,12 @@ impl Boot {
         nested.arg("--kernel").arg(linux.path("kernel")?);
         nested.arg("--initrd").arg(linux.path("initrd")?);
         nested.arg("--qemu").arg(lane.path("qemu")?);
-        let output = nested
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()?;
-        if !output.status.success() {
-            return Err(format!("the nested run ended with {}", output.status).into());
-        }
         let report = Report {
             machine: host::Machine::this(),
-            nested: serde_json::from_slice(&output.stdout)?,
+            nested: measured(nested)?,
             host,
         };
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
-        } else {
-            print!("{}", report.table());
-        }
-        Ok(ExitCode::SUCCESS)
+        show(&report, self.json, || report.table())
     }
 }
 
@@ -160,12 +150,9 @@ impl Load {
         let programs = project::build(&["rhyveload"], true)?;
         let tools = task_guest_image::make("tools")?;
         let loads = load::measure(&programs, tools.path("makefs")?, self.runs)?;
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&loads)?);
-        } else {
-            print!("{}\n{}", host::Machine::this(), loads.table());
-        }
-        Ok(ExitCode::SUCCESS)
+        show(&loads, self.json, || {
+            format!("{}\n{}", host::Machine::this(), loads.table())
+        })
     }
 }
 
@@ -174,12 +161,9 @@ impl Control {
         let programs = project::build(&["rhyveload", "rhyve", "vmmctl"], true)?;
         let probe = task_guest_image::make("probe")?;
         let control = control::measure(&programs, probe.path("kernel")?, self.runs)?;
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&control)?);
-        } else {
-            print!("{}\n{}", host::Machine::this(), control.table());
-        }
-        Ok(ExitCode::SUCCESS)
+        show(&control, self.json, || {
+            format!("{}\n{}", host::Machine::this(), control.table())
+        })
     }
 }
 
@@ -201,21 +185,33 @@ impl Io {
         nested.arg("--initrd").arg(linux.path("initrd")?);
         nested.arg("--disk").arg(linux.path("disk")?);
         nested.arg("--qemu").arg(lane.path("qemu")?);
-        let output = nested
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()?;
-        if !output.status.success() {
-            return Err(format!("the nested run ended with {}", output.status).into());
-        }
-        let disks: Disks = serde_json::from_slice(&output.stdout)?;
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&disks)?);
-        } else {
-            print!("{}\n{}", host::Machine::this(), disks.table());
-        }
-        Ok(ExitCode::SUCCESS)
+        let disks: Disks = measured(nested)?;
+        show(&disks, self.json, || {
+            format!("{}\n{}", host::Machine::this(), disks.table())
+        })
     }
+}
+
+/// Prints what was measured, as JSON or as a table.
+fn show(measured: &impl Serialize, json: bool, table: impl FnOnce() -> String) -> TaskResult {
+    if json {
+        println!("{}", serde_json::to_string_pretty(measured)?);
+    } else {
+        print!("{}", table());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs what measures in the nested lane, and reads what it prints.
+fn measured<T: DeserializeOwned>(mut nested: Command) -> Result<T, Box<dyn Error>> {
+    let output = nested
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        return Err(format!("the nested run ended with {}", output.status).into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 impl Report {

@@ -8,7 +8,7 @@ use crate::number;
 
 /// A place in the guest's kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Until {
+pub enum Location {
     /// Linear address.
     Address(u64),
     /// What its symbols say.
@@ -20,7 +20,7 @@ pub enum Until {
     },
 }
 
-impl FromStr for Until {
+impl FromStr for Location {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -42,14 +42,14 @@ impl FromStr for Until {
     }
 }
 
-impl Until {
+impl Location {
     /// Whether it takes symbols to find it.
     pub fn is_named(&self) -> bool {
         matches!(self, Self::Symbol { .. })
     }
 }
 
-impl fmt::Display for Until {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(address) => write!(f, "{address:#x}"),
@@ -66,11 +66,11 @@ mod tests {
     #[test]
     fn places_are_read_and_written_alike() {
         for text in ["0xffffffff81000000", "panic", "do_sys_openat2+0x10"] {
-            assert_eq!(text.parse::<Until>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<Location>().unwrap().to_string(), text);
         }
-        assert_eq!("4096".parse(), Ok(Until::Address(4096)));
+        assert_eq!("4096".parse(), Ok(Location::Address(4096)));
         for text in ["", "+0x10", "panic+", "panic+x", "0x", "two words", "a:b"] {
-            assert!(text.parse::<Until>().is_err(), "{text}");
+            assert!(text.parse::<Location>().is_err(), "{text}");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-use super::{Until, wrong};
+use super::{Location, wrong};
 use crate::number;
 
 /// Units and instructions that are shown at most.
@@ -40,7 +40,7 @@ pub struct Looks {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Linear, by the vCPU's page tables.
-    Linear(Until),
+    Linear(Location),
     /// Guest-physical.
     Physical(u64),
 }

@@ -15,13 +15,13 @@ use crate::number;
 
 mod detail;
 mod help;
+mod location;
 mod look;
 mod names;
-mod until;
 
 pub use detail::{Detail, Sets, Show};
+pub use location::Location;
 pub use look::{Format, Letter, Looks, Place, Syntax, split_format};
-pub use until::Until;
 
 use help::details;
 use names::{DESCRIPTORS, REGISTERS, UNAVAILABLE_GETS, UNAVAILABLE_SETS};
@@ -80,7 +80,7 @@ pub struct Work {
     /// Disk to resize.
     pub disk: Option<Disk>,
     /// Where it is to be led.
-    pub until: Option<Until>,
+    pub until: Option<Location>,
     /// How many instructions vCPU `cpu` is to execute.
     pub step: Option<u32>,
     /// What is to be shown.
@@ -339,7 +339,7 @@ impl CommandFactory for Cli {
             .arg(flag("run", CONTROL, "Run it here, by rhyve NAME"))
             .arg(flag("pause", CONTROL, "Hold its vCPUs"))
             .arg(
-                value("until", clap::value_parser!(Until))
+                value("until", clap::value_parser!(Location))
                     .value_name("SYMBOL|ADDR")
                     .help_heading(CONTROL)
                     .help("Let it run until a vCPU comes to this function of its kernel, SYMBOL+OFFSET or linear address; then it is paused"),

@@ -125,10 +125,7 @@ mod tests {
     #[test]
     fn the_driver_is_understood() {
         let rig = Rig::new();
-        let driver = queues::Driver::new(&rig, u64::MAX);
-        for step in seeds()[0][8..].chunks_exact(8) {
-            driver.step(step.try_into().unwrap());
-        }
+        assert!(queues::drive(&rig, &seeds()[0]));
         let counters = rig.balloon.inspect().counters;
         assert_eq!(
             counters,
