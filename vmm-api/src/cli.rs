@@ -30,7 +30,7 @@ pub enum UsageError {
     /// The command line is wrong. The text is clap's, of several lines, with the usage.
     #[error("{0}")]
     Usage(clap::Error),
-    /// Standard output is gone.
+    /// Standard output cannot be written to.
     #[error("standard output")]
     Output(#[from] io::Error),
 }
@@ -60,15 +60,17 @@ pub fn parse<T: Parser>(
         );
     match parsed {
         Ok(Ok(args)) => Ok(Parsed::Run(args)),
-        Ok(Err(kind)) => {
-            kind.write::<T>(&mut io::stdout().lock())?;
-            Ok(Parsed::Done)
-        }
+        Ok(Err(kind)) => shown(kind.write::<T>(&mut io::stdout().lock())),
         Err(error) if error.use_stderr() => Err(UsageError::Usage(error.format(&mut command))),
-        Err(help) => {
-            help.print()?;
-            Ok(Parsed::Done)
-        }
+        Err(help) => shown(help.print()),
+    }
+}
+
+/// Whoever closed the pipe (`--help | head`) has read what they wanted.
+fn shown<T>(written: io::Result<()>) -> Result<Parsed<T>, UsageError> {
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(UsageError::Output(error)),
+        _ => Ok(Parsed::Done),
     }
 }
 
@@ -220,6 +222,19 @@ mod tests {
             panic!("a thing is there");
         };
         assert_eq!(tool.thing, "x");
+    }
+
+    #[test]
+    fn a_reader_who_leaves_early_is_no_error_and_a_full_disk_is() {
+        let written = |kind: io::ErrorKind| shown::<Tool>(Err(kind.into()));
+        assert!(matches!(
+            written(io::ErrorKind::BrokenPipe),
+            Ok(Parsed::Done)
+        ));
+        assert!(matches!(
+            written(io::ErrorKind::StorageFull),
+            Err(UsageError::Output(_))
+        ));
     }
 
     #[test]
