@@ -470,7 +470,7 @@ mod tests {
             "-p 3 guest0",
             "-s 3,virtio-blk guest0",
             "-s 3,virtio-blk,disk.img,rw guest0",
-            "-s 31,lpc guest0",
+            "-s 30,lpc -s 31,lpc guest0",
             "-s 4:9,hostbridge guest0",
             "-s 0,hostbridge -s 0:0,hostbridge guest0",
             "-l com1 guest0",

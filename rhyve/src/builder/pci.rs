@@ -17,7 +17,7 @@ use crate::isa::reset::ResetControl;
 use crate::machine::{Function, KvmEvents};
 use crate::net;
 use crate::pci::{
-    Buses, ConfigPorts, EcamWindow, HostBridge, Intx, IntxPin, PciBus, PciFunction, Placement,
+    Bridge, Buses, ConfigPorts, EcamWindow, Intx, IntxPin, PciBus, PciFunction, Placement,
 };
 use crate::saving::Savers;
 use crate::virtio::balloon::Balloon;
@@ -65,7 +65,8 @@ fn route(address: PciAddress) -> IntxRoute {
 
 /// Whether what stands in a slot interrupts.
 fn interrupts(device: &SlotDevice) -> bool {
-    !matches!(device, SlotDevice::HostBridge | SlotDevice::AmdHostBridge)
+    use SlotDevice::{AmdHostBridge, HostBridge, Lpc};
+    !matches!(device, HostBridge | AmdHostBridge | Lpc)
 }
 
 /// What the firmware's tables tell of INTx.
@@ -129,8 +130,12 @@ struct Backplane<'a> {
 impl Backplane<'_> {
     fn function(&mut self, slot: &SlotSpec) -> Result<Arc<dyn PciFunction>, BuildError> {
         Ok(match &slot.device {
-            SlotDevice::HostBridge => self.plain(slot, HostBridge::new()),
-            SlotDevice::AmdHostBridge => self.plain(slot, HostBridge::amd()),
+            SlotDevice::HostBridge => self.plain(slot, Bridge::host()),
+            SlotDevice::AmdHostBridge => self.plain(slot, Bridge::amd_host()),
+            SlotDevice::Lpc => {
+                let inputs = std::array::from_fn(|line| pic_irq(FIRST_GSI + line as u8));
+                self.plain(slot, Bridge::isa(inputs))
+            }
             SlotDevice::VirtioBlk(BlkSpec {
                 disk,
                 transport,

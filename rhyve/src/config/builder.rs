@@ -294,7 +294,11 @@ impl SpecBuilder {
                 return Err(Problem::NoFunctionZero(first));
             }
         }
-        Ok(())
+        let isa = |slot: &&SlotSpec| slot.device == SlotDevice::Lpc;
+        match self.slots.values().filter(isa).nth(1) {
+            Some(second) => Err(Problem::SecondIsaBridge(second.address)),
+            None => Ok(()),
+        }
     }
 
     /// The other ends of all consoles.
@@ -510,6 +514,17 @@ mod tests {
             builder.settle().unwrap().slots[0].device,
             SlotDevice::AmdHostBridge
         );
+    }
+
+    #[test]
+    fn there_is_one_bridge_to_isa_at_most() {
+        let mut builder = named(Era::Today);
+        builder.slot("31,lpc").unwrap();
+        assert!(builder.clone().settle().is_ok());
+        builder.slot("5,lpc").unwrap();
+        let complaint = builder.settle().unwrap_err().to_string();
+        let text = "-s: a machine has one bridge to ISA: leave lpc at 0:31:0 out";
+        assert_eq!(complaint, text);
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub enum SlotDevice {
     /// The host bridge with AMD's identity, 1022:7432: some guests enable MSI only behind a bridge
     /// they know.
     AmdHostBridge,
+    /// The bridge to ISA, 8086:7000.
+    Lpc,
     /// A disk.
     VirtioBlk(BlkSpec),
     /// Serial ports of virtio's kind.
@@ -127,10 +129,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("e1000", "it is not there yet; network cards are virtio-net"),
     ("fbuf", "there is no display; the console is -l com1,stdio"),
     ("hda", "there are no sound devices"),
-    (
-        "lpc",
-        "the ports of -l need no bridge, so leave this slot out",
-    ),
     ("nvme", "it is not there yet; disks are virtio-blk"),
     ("passthru", "host devices cannot be handed to a guest yet"),
     (
@@ -151,6 +149,10 @@ pub fn help() -> String {
             "host bridge; stands in slot 0 unless another does",
         ),
         ("amd_hostbridge", "host bridge with AMD's identity"),
+        (
+            "lpc",
+            "bridge to ISA, for guests that look for one; -l's ports need none",
+        ),
         ("virtio-blk", "disk with the image PATH"),
         ("virtio-net", "network card at BACKEND"),
         (
@@ -195,6 +197,7 @@ impl SlotDevice {
         match self {
             Self::HostBridge => "hostbridge",
             Self::AmdHostBridge => "amd_hostbridge",
+            Self::Lpc => "lpc",
             Self::VirtioBlk(_) => "virtio-blk",
             Self::VirtioConsole(_) => "virtio-console",
             Self::VirtioBalloon(_) => "virtio-balloon",
@@ -215,6 +218,7 @@ impl SlotDevice {
             "" => return Err(SlotError::Syntax),
             "hostbridge" => Self::HostBridge,
             "amd_hostbridge" => Self::AmdHostBridge,
+            "lpc" => Self::Lpc,
             "virtio-blk" => return BlkSpec::parse(conf).map(Self::VirtioBlk),
             "virtio-console" => return ConsoleSpec::parse(conf).map(Self::VirtioConsole),
             "virtio-balloon" => return BalloonSpec::parse(conf).map(Self::VirtioBalloon),

@@ -64,10 +64,7 @@ const NOT_YET: &[(&str, &str)] = &[
         "lpc.pc-testdev",
         "there is no such device; -l debugexit is there for test guests",
     ),
-    (
-        "lpc.pcireg.",
-        "there is no LPC bridge whose registers could be set",
-    ),
+    ("lpc.pcireg.", "the ISA bridge is always 8086:7000"),
     (
         "pci.",
         "the device has no such setting; only pci.BUS.SLOT.FUNCTION.device is there",

@@ -26,7 +26,7 @@ mod tests {
     use crate::bus::{IoSize, PortBus};
     use crate::config::PciAddress;
     use crate::console::{Console, GuestEnd};
-    use crate::pci::{ConfigPorts, HostBridge, PciBus};
+    use crate::pci::{Bridge, ConfigPorts, PciBus};
     use crate::testing::{FakeClock, FakeIrq, FakeSuspend};
 
     /// A whole board, with every device at its ports.
@@ -62,8 +62,7 @@ mod tests {
         let pm = super::pm::Pm::new(clock.clone(), FakeIrq::new(), suspend.clone());
         pm.register(&bus).unwrap();
         let pci = PciBus::new();
-        pci.plug(PciAddress::HOST_BRIDGE, HostBridge::new())
-            .unwrap();
+        pci.plug(PciAddress::HOST_BRIDGE, Bridge::host()).unwrap();
         let reset = super::reset::ResetControl::new(suspend);
         ConfigPorts::new(pci, reset).register(&bus).unwrap();
         Board { bus, clock, wires }

@@ -88,14 +88,14 @@ impl Mmio for EcamWindow {
 mod tests {
     use super::*;
     use crate::config::PciAddress;
-    use crate::pci::HostBridge;
+    use crate::pci::Bridge;
 
     #[test]
     fn it_shows_what_the_ports_show() {
         let (bus, mmio) = (PciBus::new(), MmioBus::new());
         for (slot, function) in [(0, 0), (3, 0), (3, 1)] {
             let address = PciAddress::new(0, slot, function).unwrap();
-            bus.plug(address, HostBridge::new()).unwrap();
+            bus.plug(address, Bridge::host()).unwrap();
         }
         EcamWindow::register(bus, 0xe000_0000, &mmio).unwrap();
         let read = |gpa: u64, len: usize| {

@@ -9,19 +9,19 @@
 //! Section numbers are of PCI Local Bus 3.0.
 
 mod bar;
+mod bridge;
 mod bus;
 mod config;
 mod ecam;
 mod endpoint;
-mod hostbridge;
 mod msix;
 mod ports;
 
 pub use bar::{Bar, BarKind, NoRoom, Placement};
+pub use bridge::Bridge;
 pub use bus::{PciBus, PciFunction, SlotTaken, Target};
 pub use config::{ConfigSpace, Ident};
 pub use ecam::EcamWindow;
 pub use endpoint::{Buses, Endpoint, Intx, IntxPin, Parts, PciDevice};
-pub use hostbridge::HostBridge;
 pub use msix::{MAX_VECTORS, MsiSink, MsiVector, Msix};
 pub use ports::ConfigPorts;

@@ -114,17 +114,16 @@ impl InOut for ConfigPorts {
 mod tests {
     use super::*;
     use crate::config::PciAddress;
-    use crate::pci::HostBridge;
+    use crate::pci::Bridge;
     use crate::suspend::SuspendHow;
     use crate::testing::FakeSuspend;
 
     fn rig() -> (PortBus, Arc<FakeSuspend>) {
         let suspend = FakeSuspend::new();
         let pci = PciBus::new();
-        pci.plug(PciAddress::HOST_BRIDGE, HostBridge::new())
-            .unwrap();
+        pci.plug(PciAddress::HOST_BRIDGE, Bridge::host()).unwrap();
         let taken = pci
-            .plug(PciAddress::HOST_BRIDGE, HostBridge::amd())
+            .plug(PciAddress::HOST_BRIDGE, Bridge::amd_host())
             .unwrap_err();
         assert_eq!(
             taken.to_string(),

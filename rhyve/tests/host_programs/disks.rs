@@ -39,12 +39,15 @@ fn both_interfaces_serve_a_driver_one_after_the_other() {
     let [both, old, new] = ["both", "old", "new"].map(|name| disk(&place, name));
     let options = format!(
         "-s 3,virtio-blk,{},ser=BOTH -s 4,virtio-rnd -s 4:1,virtio-blk,{},virtio=legacy \
-         -s 0:5:0,virtio-blk,{},virtio=modern,aio=io_uring",
+         -s 0:5:0,virtio-blk,{},virtio=modern,aio=io_uring -s 31,lpc",
         both.display(),
         old.display(),
         new.display()
     );
     let (mut guest, _) = start_probe(&place, &options);
+    let functions = ask(&mut guest, "pci");
+    let isa = "probe: pci 31:0 0x70008086 class 0x60100";
+    assert!(functions.contains(isa), "{functions}");
     let mut check = |command: &str, answer: &str| {
         let found = ask(&mut guest, command);
         let answer = format!("probe: blk {answer}");

@@ -146,11 +146,14 @@ fn bzimage_on_one_cpu_is_looked_at_and_powers_off() {
 fn vmlinux_on_two_cpus_has_a_second_serial_port_and_reboots() {
     let place = Place::new();
     let socket = place.path("com2");
-    let run = format!("-c 2 -x -l com2,unix:{}", socket.display());
+    let run = format!("-c 2 -x -s 31,lpc -l com2,unix:{}", socket.display());
     let load = "-m 256M --boot linux64";
     let mut guest = boot(&place, "linux/vmlinux", load, "", &run);
     assert_eq!(number(&mut guest, "nproc"), 2);
     assert_eq!(number(&mut guest, "grep -c x2apic /proc/cpuinfo"), 2);
+
+    let bridge = "cd /sys/bus/pci/devices/0000:00:1f.0; cat vendor device class";
+    assert_eq!(shell(&mut guest, bridge), "0x8086\n0x7000\n0x060100");
 
     let mut line = UnixStream::connect(&socket).unwrap();
     line.set_read_timeout(Some(support::PATIENCE)).unwrap();

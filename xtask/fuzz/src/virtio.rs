@@ -15,8 +15,7 @@ use rhyve::irq::IrqLine;
 use rhyve::isa::reset::ResetControl;
 use rhyve::mmio::MmioBus;
 use rhyve::pci::{
-    Buses, ConfigPorts, EcamWindow, HostBridge, Intx, IntxPin, MsiSink, MsiVector, PciBus,
-    Placement,
+    Bridge, Buses, ConfigPorts, EcamWindow, Intx, IntxPin, MsiSink, MsiVector, PciBus, Placement,
 };
 use rhyve::suspend::{SuspendHow, SuspendSink};
 use rhyve::virtio::blk::Blk;
@@ -149,7 +148,7 @@ impl Rig {
             doorbells: Arc::new(Deaf),
         };
         let bus = PciBus::new();
-        let plugged = bus.plug(PciAddress::HOST_BRIDGE, HostBridge::new());
+        let plugged = bus.plug(PciAddress::HOST_BRIDGE, Bridge::host());
         plugged.expect("an empty bus");
         let mut placement = Placement::new(MEMORY);
         let kinds = [

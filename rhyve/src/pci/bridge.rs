@@ -1,4 +1,5 @@
-//! The host bridge: what a guest finds at slot 0 and takes for proof that PCI works.
+//! Bridges, which are nothing but configuration space: the host's, which a guest finds at slot 0 and
+//! takes for proof that PCI works, and the one to ISA.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,33 +25,56 @@ const EXPRESS: (u8, [u8; 58]) = (0x10, {
     body
 });
 
-/// A host bridge without functions of its own.
-pub struct HostBridge {
+/// The ISA bridge's registers of PCI's interrupt lines: A to D, and E to H.
+const PIRQ_A: usize = 0x60;
+const PIRQ_E: usize = 0x68;
+
+/// A bridge.
+pub struct Bridge {
     name: &'static str,
     config: Mutex<ConfigSpace>,
 }
 
-impl HostBridge {
+impl Bridge {
     /// bhyve's `hostbridge`, 1275:1275 (usr.sbin/bhyve/pci_hostbridge.c).
-    pub fn new() -> Arc<Self> {
-        Self::with_ident("hostbridge", 0x1275, 0x1275)
+    pub fn host() -> Arc<Self> {
+        Self::host_with_ident("hostbridge", 0x1275, 0x1275)
     }
 
     /// bhyve's `amd_hostbridge`, 1022:7432: some guests trust MSI behind a bridge they know only.
-    pub fn amd() -> Arc<Self> {
-        Self::with_ident("amd_hostbridge", 0x1022, 0x7432)
+    pub fn amd_host() -> Arc<Self> {
+        Self::host_with_ident("amd_hostbridge", 0x1022, 0x7432)
     }
 
-    fn with_ident(name: &'static str, vendor: u16, device: u16) -> Arc<Self> {
-        let ident = Ident {
+    fn host_with_ident(name: &'static str, vendor: u16, device: u16) -> Arc<Self> {
+        let mut space = ConfigSpace::new(Ident {
             vendor,
             device,
             class: 0x06_00_00,
             ..Ident::default()
-        };
-        let mut space = ConfigSpace::new(ident);
+        });
         let (id, body) = EXPRESS;
         space.add_capability(id, &body);
+        Self::of(name, space)
+    }
+
+    /// bhyve's `lpc`, 8086:7000 (usr.sbin/bhyve/pci_lpc.c). `inputs` are those of the 8259s that PCI's
+    /// eight interrupt lines go to: the registers PIRQA to PIRQH show them, as in that chip, but they
+    /// are wired and cannot be set.
+    pub fn isa(inputs: [u8; 8]) -> Arc<Self> {
+        let mut space = ConfigSpace::new(Ident {
+            vendor: 0x8086,
+            device: 0x7000,
+            class: 0x06_01_00,
+            ..Ident::default()
+        });
+        let (low, high) = inputs.split_at(4);
+        space.set(PIRQ_A, low);
+        space.set(PIRQ_E, high);
+        Self::of("lpc", space)
+    }
+
+    fn of(name: &'static str, space: ConfigSpace) -> Arc<Self> {
         Arc::new(Self {
             name,
             config: Mutex::new(space),
@@ -61,7 +85,7 @@ impl HostBridge {
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Saved(#[serde(with = "lifecycle::bytes")] Vec<u8>);
 
-impl Lifecycle for HostBridge {
+impl Lifecycle for Bridge {
     fn save(&self) -> Result<DeviceState, String> {
         let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
         lifecycle::save(self.name, 1, &Saved(config.bytes().to_vec()))
@@ -74,7 +98,7 @@ impl Lifecycle for HostBridge {
     }
 }
 
-impl PciFunction for HostBridge {
+impl PciFunction for Bridge {
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         Some(self)
     }
@@ -99,8 +123,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_of_pci_express() {
-        let bridge = HostBridge::new();
+    fn the_hosts_is_of_pci_express() {
+        let bridge = Bridge::host();
         let word = |at: u32| bridge.config_read(u8::try_from(at).unwrap(), IoSize::Word);
         assert_eq!(word(0x06) & 1 << 4, 1 << 4, "it has capabilities");
         let at = word(0x34) & 0xff;
@@ -111,5 +135,16 @@ mod tests {
         bridge.config_write(at as u8, IoSize::Dword, 0xffff_ffff);
         assert_eq!(word(at + 2), kind);
         assert_eq!(word(at + 12), 0x411);
+    }
+    #[test]
+    fn the_one_to_isa_shows_where_interrupts_go() {
+        let bridge = Bridge::isa([10, 11, 5, 10, 11, 5, 10, 11]);
+        let read = |at| bridge.config_read(at, IoSize::Dword);
+        assert_eq!((read(0), read(8) >> 8), (0x7000_8086, 0x06_01_00));
+        assert_eq!(read(0x0c), 0, "one function, no bridge to another bus");
+        for at in [0x60, 0x68] {
+            bridge.config_write(at, IoSize::Dword, 0);
+        }
+        assert_eq!((read(0x60), read(0x68)), (0x0a05_0b0a, 0x0b0a_050b));
     }
 }
