@@ -143,7 +143,7 @@ pub struct Cli {
     #[arg(short = 'D')]
     pub destroy_on_poweroff: bool,
 
-    /// Not supported yet: use MSI for virtio devices
+    /// Let virtio devices interrupt by MSI, one message a device, instead of MSI-X
     #[arg(short = 'W')]
     pub virtio_msi: bool,
 
@@ -401,6 +401,7 @@ mod tests {
         assert!(machine("-S guest0").wire_memory);
         assert!(machine("-e guest0").strict_io);
         assert!(!machine("-w guest0").strict_msr);
+        assert!(plain.virtio_msix && !machine("-W guest0").virtio_msix);
         assert_eq!(machine("-u guest0").rtc, RtcBase::Utc);
         assert!(machine("-D guest0").destroy_on_poweroff);
         assert_eq!(
@@ -482,7 +483,6 @@ mod tests {
             "-G wx guest0",
             "-g 65536 guest0",
             "-b -l com1,stdio guest0",
-            "-W guest0",
             "--era=2013 guest0",
             "-o cpus guest0",
             "-o cpu=2 guest0",

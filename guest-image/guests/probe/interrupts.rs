@@ -12,6 +12,8 @@ pub const TIMER: u8 = 0x20;
 pub const SERIAL: u8 = 0x21;
 /// One CPU calls another.
 pub const CALL: u8 = 0x22;
+/// A device's message.
+pub const MESSAGE: u8 = 0x23;
 /// The local APIC's spurious interrupt; the low four bits are fixed at 1 on old processors.
 pub const SPURIOUS: u8 = 0x2f;
 
@@ -21,6 +23,14 @@ static TICKS: AtomicU32 = AtomicU32::new(0);
 /// How many timer interrupts came.
 pub fn ticks() -> u32 {
     TICKS.load(Ordering::Relaxed)
+}
+
+/// How many messages of devices came and were not asked for yet.
+static MESSAGES: AtomicU32 = AtomicU32::new(0);
+
+/// Whether a device's message has come since this was last asked.
+pub fn take_messages() -> bool {
+    MESSAGES.swap(0, Ordering::Relaxed) != 0
 }
 
 /// Serves one interrupt or exception.
@@ -36,6 +46,10 @@ pub fn handle(frame: &mut Frame) {
         }
         CALL => {
             smp::called();
+            apic::end_of_interrupt();
+        }
+        MESSAGE => {
+            MESSAGES.fetch_add(1, Ordering::Relaxed);
             apic::end_of_interrupt();
         }
         SPURIOUS => {}

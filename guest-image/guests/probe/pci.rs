@@ -1,7 +1,7 @@
 //! PCI functions of bus 0, by configuration mechanism 1.
 
 use crate::console::{Hex, say};
-use crate::cpu;
+use crate::{apic, cpu};
 
 const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
@@ -60,6 +60,25 @@ impl Function {
             base |= u64::from(self.read(0x14 + 4 * index)) << 32;
         }
         (base != 0).then_some(Place::Memory(base))
+    }
+
+    /// Has the function interrupt this CPU by its one message (PCI 3.0, 6.8.1); false if it has none.
+    pub fn enable_msi(self, vector: u8) -> bool {
+        const WIDE: u32 = 1 << 23;
+        let Some(at) = self.capabilities(5).next() else {
+            return false;
+        };
+        // An address of the local APICs, with the APIC id (Intel SDM volume 3, 11.11).
+        self.write(at + 4, 0xfee0_0000 | (apic::id() & 0xff) << 12);
+        let data = if self.read(at) & WIDE != 0 {
+            self.write(at + 8, 0);
+            at + 12
+        } else {
+            at + 8
+        };
+        self.write(data, vector.into());
+        self.write(at, 1 << 16);
+        true
     }
 
     /// The registers of the capabilities with this id, one after the other; at most 48 of all.

@@ -2,11 +2,12 @@
 //!
 //! One request is under way at a time, and its end is waited for: what is tested is the device. It
 //! is told of requests through each doorbell it has, in turns, and its interrupt status is read
-//! after every answer. Sections are of virtio 1.3.
+//! after every answer, once its message has come, if it has MSI. Sections are of virtio 1.3.
 
 use core::sync::atomic::{AtomicU32, Ordering, fence};
 
 use crate::cpu::{self, Deadline};
+use crate::interrupts;
 use crate::memory;
 use crate::pci::{self, Function, Place};
 
@@ -78,6 +79,8 @@ pub struct Device {
     registers: Registers,
     /// Counts kicks.
     kicks: u32,
+    /// It interrupts by MSI.
+    msi: bool,
 }
 
 /// One buffer of a request: address, bytes, whether the device writes it.
@@ -121,9 +124,12 @@ impl Device {
                     _ => return Err("no legacy registers"),
                 }
             };
+            let msi = function.enable_msi(interrupts::MESSAGE);
+            interrupts::take_messages();
             return Ok(Self {
                 registers,
                 kicks: 0,
+                msi,
             });
         }
         Err("no such device")
@@ -300,6 +306,14 @@ impl Device {
     /// Waits for the interrupt status, which comes after an answer: this driver never asks for
     /// silence.
     pub fn interrupted(&self) -> Result<(), &'static str> {
+        if self.msi {
+            cpu::enable_interrupts();
+            let came = Deadline::after(Deadline::LONG).wait(interrupts::take_messages);
+            cpu::disable_interrupts();
+            if !came {
+                return Err("no message");
+            }
+        }
         if Deadline::after(Deadline::LONG).wait(|| self.interrupt() & 1 != 0) {
             Ok(())
         } else {

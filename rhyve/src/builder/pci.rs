@@ -307,6 +307,7 @@ impl Board<'_> {
                     mmio: self.mmio.clone(),
                 },
                 msi: events.clone(),
+                msix: spec.virtio_msix,
                 doorbells: events,
             },
             placement: Placement::new(PCI_HOLE.into()..end.into()),

@@ -95,6 +95,8 @@ pub struct MachineSpec {
     pub rtc: RtcBase,
     /// The machine's UUID, if one was given.
     pub uuid: Option<Uuid>,
+    /// Let virtio devices interrupt by MSI-X; otherwise by MSI, one message a device.
+    pub virtio_msix: bool,
     /// PCI functions by address; there is always one in slot 0.
     pub slots: Vec<SlotSpec>,
     /// The serial ports, com1 first.

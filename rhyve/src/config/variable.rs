@@ -30,6 +30,7 @@ const WORKING: &[&str] = &[
     "threads",
     "uuid",
     "vcpu.N.cpuset",
+    "virtio_msix",
     "x86.mptable",
     "x86.strictio",
     "x86.strictmsr",
@@ -71,12 +72,8 @@ const NOT_YET: &[(&str, &str)] = &[
     ),
     ("system.", "the SMBIOS texts are fixed; -U sets the UUID"),
     ("tpm.", "there is no TPM yet"),
-    ("virtio_msix", NO_VIRTIO),
     ("x86.verbosemsr", "use --trace rhyve::msr=trace"),
 ];
-
-/// Why virtio's settings are refused.
-pub(super) const NO_VIRTIO: &str = "there are no virtio devices whose interrupts it could change";
 
 impl SpecBuilder {
     /// Sets one variable of bhyve_config(5); a later setting takes the place of an earlier one.
@@ -115,6 +112,7 @@ impl SpecBuilder {
                 let uuid = uuid::Uuid::parse_str(value);
                 self.uuid = Some(uuid.map_err(|_| Problem::Uuid(value.to_owned()))?);
             }
+            "virtio_msix" => self.virtio_msix = boolean(value)?,
             "x86.mptable" => self.mptable = Some(boolean(value)?),
             "x86.x2apic" => self.x2apic = Some(boolean(value)?),
             "x86.strictio" => self.strict_io = boolean(value)?,

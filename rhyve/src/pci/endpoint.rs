@@ -9,7 +9,7 @@ use vmm_api::state::{DeviceState, StateError};
 use super::bar::{Bar, BarKind, NoRoom, Placement};
 use super::config::{BAR0, COMMAND, STATUS};
 use super::msix::SavedMsix;
-use super::{ConfigSpace, Ident, Msix, PciFunction};
+use super::{ConfigSpace, Ident, Msi, Msix, PciFunction};
 use crate::bus::{InOut, IoSize, PortBus};
 use crate::irq::IrqLine;
 use crate::lifecycle::{self, Lifecycle};
@@ -106,16 +106,56 @@ pub struct IntxPin {
     pub intx: Arc<Intx>,
 }
 
+/// How a function interrupts by messages.
+#[derive(Clone)]
+pub enum Messages {
+    /// By MSI-X, with a BAR of its own.
+    Msix(Arc<Msix>),
+    /// By MSI.
+    Msi(Arc<Msi>),
+}
+
+impl Messages {
+    /// Whether the guest uses them, so that there is no INTx.
+    pub fn are_enabled(&self) -> bool {
+        match self {
+            Self::Msix(msix) => msix.is_enabled(),
+            Self::Msi(msi) => msi.is_enabled(),
+        }
+    }
+
+    fn msix(&self) -> Option<&Msix> {
+        match self {
+            Self::Msix(msix) => Some(msix),
+            Self::Msi(_) => None,
+        }
+    }
+
+    fn install(&self, space: &mut ConfigSpace) -> u8 {
+        match self {
+            Self::Msix(msix) => msix.install(space),
+            Self::Msi(msi) => msi.install(space),
+        }
+    }
+
+    fn configure(&self, space: &ConfigSpace, at: u8) {
+        match self {
+            Self::Msix(msix) => msix.configure(space, at),
+            Self::Msi(msi) => msi.configure(space, at),
+        }
+    }
+}
+
 /// What a function is made of.
 pub struct Parts {
     /// For messages.
     pub name: String,
-    /// The header and capabilities, but for BARs, MSI-X and the interrupt pin.
+    /// The header and capabilities, but for BARs, messages and the interrupt pin.
     pub space: ConfigSpace,
     /// The device's own BARs.
     pub bars: Vec<Bar>,
-    /// MSI-X, with a BAR of its own.
-    pub msix: Option<Arc<Msix>>,
+    /// Messages.
+    pub messages: Option<Messages>,
     /// INTx.
     pub intx: Option<IntxPin>,
 }
@@ -127,7 +167,7 @@ impl Parts {
             name: name.to_owned(),
             space: ConfigSpace::new(ident),
             bars: Vec::new(),
-            msix: None,
+            messages: None,
             intx: None,
         }
     }
@@ -147,7 +187,8 @@ pub struct Endpoint {
     name: String,
     device: Arc<dyn PciDevice>,
     buses: Buses,
-    msix: Option<(Arc<Msix>, u8)>,
+    /// And where their capability is.
+    messages: Option<(Messages, u8)>,
     intx: Option<Arc<Intx>>,
     state: Mutex<State>,
     me: Weak<Self>,
@@ -173,17 +214,18 @@ impl Endpoint {
             name,
             mut space,
             mut bars,
-            msix,
+            messages,
             intx,
         } = parts;
-        bars.extend(msix.as_ref().map(|msix| msix.bar()));
+        let msix = messages.as_ref().and_then(Messages::msix);
+        bars.extend(msix.map(Msix::bar));
         bars.sort_by_key(|bar| bar.index);
         for bar in &bars {
             bar.install(&mut space, placement.place(bar)?);
         }
-        let msix = msix.map(|msix| {
-            let at = msix.install(&mut space);
-            (msix, at)
+        let messages = messages.map(|messages| {
+            let at = messages.install(&mut space);
+            (messages, at)
         });
         if let Some(IntxPin { pin, line, .. }) = &intx {
             space.set_interrupt_pin(*pin, *line);
@@ -193,7 +235,7 @@ impl Endpoint {
             name,
             device,
             buses,
-            msix,
+            messages,
             intx: intx.map(|pin| pin.intx),
             state: Mutex::new(State {
                 space,
@@ -261,16 +303,20 @@ impl Endpoint {
         }
     }
 
+    fn msix(&self) -> Option<&Msix> {
+        self.messages.as_ref()?.0.msix()
+    }
+
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
-        match &self.msix {
-            Some((msix, _)) if msix.bar().index == bar => msix.read(offset, data),
+        match self.msix() {
+            Some(msix) if msix.bar().index == bar => msix.read(offset, data),
             _ => self.device.bar_read(bar, offset, data),
         }
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
-        match &self.msix {
-            Some((msix, _)) if msix.bar().index == bar => msix.write(offset, data),
+        match self.msix() {
+            Some(msix) if msix.bar().index == bar => msix.write(offset, data),
             _ => self.device.bar_write(bar, offset, data),
         }
     }
@@ -286,14 +332,17 @@ struct Saved {
 }
 
 impl Endpoint {
-    /// What the guest has written to the command register, and to MSI-X's.
+    /// What the guest has written to the command register, and to the messages'.
     fn settle(&self, state: &State) {
+        if let Some((messages, at)) = &self.messages {
+            messages.configure(&state.space, *at);
+        }
         if let Some(intx) = &self.intx {
             let command = state.space.read(COMMAND, IoSize::Word);
-            intx.change(|intx| intx.disabled = command & INTX_DISABLE != 0);
-        }
-        if let Some((msix, at)) = &self.msix {
-            msix.configure(&state.space, *at);
+            // Who sends messages does not assert its pin (6.8.1.3, 6.8.2.3).
+            let messages = self.messages.as_ref();
+            let instead = messages.is_some_and(|(messages, _)| messages.are_enabled());
+            intx.change(|intx| intx.disabled = instead || command & INTX_DISABLE != 0);
         }
     }
 }
@@ -319,7 +368,7 @@ impl Lifecycle for Endpoint {
         let device = device.save()?;
         let saved = Saved {
             config: self.lock().space.bytes().to_vec(),
-            msix: self.msix.as_ref().map(|(msix, _)| msix.save()),
+            msix: self.msix().map(Msix::save),
             device,
         };
         lifecycle::save("pci", 1, &saved)
@@ -333,7 +382,7 @@ impl Lifecycle for Endpoint {
             let mut state = self.lock();
             state.space.restore(&saved.config)?;
             self.update_bars(&mut state);
-            if let (Some((msix, _)), Some(saved)) = (&self.msix, &saved.msix) {
+            if let (Some(msix), Some(saved)) = (self.msix(), &saved.msix) {
                 msix.restore(saved)?;
             }
             self.settle(&state);
@@ -369,15 +418,9 @@ impl PciFunction for Endpoint {
         let mut state = self.lock();
         state.space.write(register, size, value);
         if register < BAR0 + 6 * 4 {
-            if let Some(intx) = &self.intx {
-                let command = state.space.read(COMMAND, IoSize::Word);
-                intx.change(|intx| intx.disabled = command & INTX_DISABLE != 0);
-            }
             self.update_bars(&mut state);
         }
-        if let Some((msix, at)) = &self.msix {
-            msix.configure(&state.space, *at);
-        }
+        self.settle(&state);
         self.device.config_written(&state.space, register);
     }
 

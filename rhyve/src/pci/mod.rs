@@ -4,7 +4,7 @@
 //! ([`EcamWindow`]); both ask the [`PciBus`], and that the addressed function, which answers out of
 //! its [`ConfigSpace`]: a register map with a mask of what is writable, which has no behaviour of
 //! its own. An [`Endpoint`] adds what a device needs: BARs that follow the guest's will from place
-//! to place on the buses, [`Msix`] and [`Intx`]; the device itself is a [`PciDevice`].
+//! to place on the buses, [`Messages`] and [`Intx`]; the device itself is a [`PciDevice`].
 //!
 //! Section numbers are of PCI Local Bus 3.0.
 
@@ -14,6 +14,7 @@ mod bus;
 mod config;
 mod ecam;
 mod endpoint;
+mod msi;
 mod msix;
 mod ports;
 
@@ -22,6 +23,7 @@ pub use bridge::Bridge;
 pub use bus::{PciBus, PciFunction, SlotTaken, Target};
 pub use config::{ConfigSpace, Ident};
 pub use ecam::EcamWindow;
-pub use endpoint::{Buses, Endpoint, Intx, IntxPin, Parts, PciDevice};
+pub use endpoint::{Buses, Endpoint, Intx, IntxPin, Messages, Parts, PciDevice};
+pub use msi::Msi;
 pub use msix::{MAX_VECTORS, MsiSink, MsiVector, Msix};
 pub use ports::ConfigPorts;

@@ -83,6 +83,23 @@ fn both_interfaces_serve_a_driver_one_after_the_other() {
 }
 
 #[test]
+fn a_single_message_tells_of_each_answer() {
+    let place = Place::new();
+    let path = disk(&place, "disk.img");
+    let options = format!("-W -s 3,virtio-blk,{}", path.display());
+    let (mut guest, _) = start_probe(&place, &options);
+    for kind in ["legacy", "modern"] {
+        ask(&mut guest, &format!("blk {kind}"));
+        let written = ask(&mut guest, "blk write 0 20 1");
+        assert!(written.contains("write 20 ok"), "{kind}: {written}");
+        let devices = place.ok("vmmctl --vm=guest0 --get-devices --json");
+        assert!(devices.contains(r#""interrupts": "msi""#), "{devices}");
+    }
+    guest.console.send("poweroff");
+    assert_eq!(guest.wait().status, Some(1));
+}
+
+#[test]
 fn what_a_flush_returned_for_is_in_the_image_after_kill_9() {
     let place = Place::new();
     let kernel = probe(&place);

@@ -145,6 +145,7 @@ impl Rig {
                 mmio: mmio.clone(),
             },
             msi: Arc::new(Deaf),
+            msix: true,
             doorbells: Arc::new(Deaf),
         };
         let bus = PciBus::new();
@@ -164,6 +165,10 @@ impl Rig {
                 pin: 1,
                 line: 10,
                 intx: Intx::new(Arc::new(Deaf)),
+            };
+            let board = Board {
+                msix: transport != Transport::Modern,
+                ..board.clone()
             };
             let made = VirtioPci::new(blk.clone(), transport, &board, pin, &mut placement);
             let (virtio, function) = made.expect("room for its BARs");

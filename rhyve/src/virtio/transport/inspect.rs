@@ -50,11 +50,7 @@ impl VirtioPci {
             offered: self.offered.to_owned(),
             transport: core.active.map(|interface| interface.word().to_owned()),
             status: status.map(|(_, name)| (*name).to_owned()).collect(),
-            interrupts: if self.link.msix().is_enabled() {
-                "msi-x".to_owned()
-            } else {
-                "intx".to_owned()
-            },
+            interrupts: self.link.word().to_owned(),
             features: names(taken, self.device.feature_names()),
             declined: names(left, self.device.feature_names()),
             queues: (0..)

@@ -93,7 +93,7 @@ pub fn bar_size(config: usize) -> u64 {
 
 /// Where the device configuration begins now.
 pub fn config_base(core: &Core) -> u64 {
-    if core.link.msix().is_enabled() {
+    if core.link.has_vectors() {
         END_MSIX
     } else {
         END

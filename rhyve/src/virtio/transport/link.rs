@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::pci::{Intx, Msix};
+use crate::pci::{Intx, Messages};
 use crate::virtio::Interrupts;
 
 /// No MSI-X vector (4.1.5.1.2).
@@ -24,7 +24,7 @@ pub(super) struct SavedLink {
 
 /// Interrupts of one device on PCI.
 pub(super) struct Link {
-    msix: Arc<Msix>,
+    messages: Messages,
     intx: Arc<Intx>,
     /// Held while the line changes, so that neither gets ahead of the other.
     isr: Mutex<u8>,
@@ -34,9 +34,9 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub fn new(msix: Arc<Msix>, intx: Arc<Intx>, queues: usize) -> Arc<Self> {
+    pub fn new(messages: Messages, intx: Arc<Intx>, queues: usize) -> Arc<Self> {
         Arc::new(Self {
-            msix,
+            messages,
             intx,
             isr: Mutex::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
@@ -45,8 +45,18 @@ impl Link {
         })
     }
 
-    pub fn msix(&self) -> &Msix {
-        &self.msix
+    /// Whether interrupts have vectors.
+    pub fn has_vectors(&self) -> bool {
+        matches!(&self.messages, Messages::Msix(msix) if msix.is_enabled())
+    }
+
+    /// How it interrupts now.
+    pub fn word(&self) -> &'static str {
+        match &self.messages {
+            messages if !messages.are_enabled() => "intx",
+            Messages::Msix(_) => "msi-x",
+            Messages::Msi(_) => "msi",
+        }
     }
 
     /// Reads the ISR status, which clears it and takes INTx back.
@@ -114,20 +124,23 @@ impl Link {
     }
 
     fn valid(&self, vector: u16) -> u16 {
-        if vector < self.msix.count() {
-            vector
-        } else {
-            NO_VECTOR
+        match &self.messages {
+            Messages::Msix(msix) if vector < msix.count() => vector,
+            _ => NO_VECTOR,
         }
     }
 
     fn interrupt(&self, vector: u16, isr_bit: u8) {
-        if self.msix.is_enabled() {
+        let msi = match &self.messages {
             // NO_VECTOR is no vector of the table.
-            self.msix.trigger(vector);
-        } else {
-            let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
-            *isr |= isr_bit;
+            Messages::Msix(msix) if msix.is_enabled() => return msix.trigger(vector),
+            Messages::Msix(_) => None,
+            Messages::Msi(msi) => Some(msi),
+        };
+        // A single message says as little of why it came as the pin does.
+        let mut isr = self.isr.lock().unwrap_or_else(PoisonError::into_inner);
+        *isr |= isr_bit;
+        if !msi.is_some_and(|msi| msi.trigger()) {
             self.intx.set(true);
         }
     }

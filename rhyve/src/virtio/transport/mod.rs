@@ -3,7 +3,7 @@
 //! | BAR | what                                                                    |
 //! |-----|-------------------------------------------------------------------------|
 //! | 0   | ports: legacy registers and device configuration                        |
-//! | 1   | memory: MSI-X table and pending bits                                    |
+//! | 1   | memory: MSI-X table and pending bits, unless MSI takes its place        |
 //! | 2   | ports: modern notification                                              |
 //! | 4   | memory: modern common configuration, ISR, device configuration, notify  |
 
@@ -19,8 +19,8 @@ use super::VirtioDevice;
 use crate::bus::IoSize;
 use crate::lifecycle::Lifecycle;
 use crate::pci::{
-    Bar, BarKind, Buses, ConfigSpace, Endpoint, Ident, IntxPin, MsiSink, Msix, NoRoom, Parts,
-    PciDevice, Placement,
+    Bar, BarKind, Buses, ConfigSpace, Endpoint, Ident, IntxPin, Messages, Msi, MsiSink, Msix,
+    NoRoom, Parts, PciDevice, Placement,
 };
 
 mod core;
@@ -65,6 +65,8 @@ pub struct Board {
     pub buses: Buses,
     /// Where its message signalled interrupts go.
     pub msi: Arc<dyn MsiSink>,
+    /// They are MSI-X; or else MSI, of which a function has one.
+    pub msix: bool,
     /// Where its driver's kicks come from.
     pub doorbells: Arc<dyn Doorbells>,
 }
@@ -162,12 +164,16 @@ impl VirtioPci {
             bar(modern::PORT_BAR, BarKind::Io, modern::PORT_BAR_SIZE);
             bar(modern::BAR, memory, modern::bar_size(queues));
         }
-        // One for each queue, one for the configuration.
-        let vectors = u16::try_from(queues + 1).unwrap_or(u16::MAX);
-        let msix = Msix::new(1, vectors, &*board.msi);
+        let messages = if board.msix {
+            // One for each queue, one for the configuration.
+            let vectors = u16::try_from(queues + 1).unwrap_or(u16::MAX);
+            Messages::Msix(Msix::new(1, vectors, &*board.msi))
+        } else {
+            Messages::Msi(Msi::new(&*board.msi))
+        };
         let window = modern.then(|| modern::install(&mut parts.space, queues));
-        parts.msix = Some(msix.clone());
-        let link = Link::new(msix, pin.intx.clone(), queues);
+        parts.messages = Some(messages.clone());
+        let link = Link::new(messages, pin.intx.clone(), queues);
         parts.intx = Some(pin);
 
         let core = Core::new(

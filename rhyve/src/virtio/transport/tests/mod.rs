@@ -2,7 +2,7 @@
 
 use vmm_api::kvm::Doorbell;
 
-use self::rig::{ACKNOWLEDGE_DRIVER, OWN, STATUS, rig};
+use self::rig::{ACKNOWLEDGE_DRIVER, OWN, STATUS, memory, rig, rig_on};
 use super::Transport;
 use super::core::status::{DEVICE_NEEDS_RESET, DRIVER_OK, FEATURES_OK};
 use crate::bus::IoSize;
@@ -220,6 +220,48 @@ fn a_modern_driver_is_served_by_msix() {
     // What is enabled is settled.
     rig.set(24, 2, 2);
     assert_eq!((rig.get(24, 2), rig.get(28, 2)), (4, 1));
+}
+
+#[test]
+fn either_driver_is_served_by_a_single_message() {
+    let rig = rig_on(Transport::Transitional, memory(), false);
+    assert!(rig.capabilities(0x11).is_empty(), "no MSI-X");
+    assert_eq!(rig.config(0x14, IoSize::Dword), 0, "nor its BAR");
+    rig.enable_msi(0x41);
+    // The legacy registers have no vectors, and those of the modern ones take none.
+    *rig.echo.config.lock().unwrap() = *b"abcdefgh";
+    assert_eq!(rig.input(20, IoSize::Dword), u32::from_le_bytes(*b"abcd"));
+    let mut driver = rig.legacy_queue(0, 16);
+    rig.exchange(&mut driver, || rig.output(16, IoSize::Word, 0));
+    assert_eq!(rig.msi.sent(), [(0xfee0_0000, 0x41)]);
+    assert!(!rig.intx.level());
+    assert_eq!(
+        (rig.input(19, IoSize::Byte), rig.input(19, IoSize::Byte)),
+        (1, 0)
+    );
+    rig.output(18, IoSize::Byte, 0);
+
+    let mut driver = rig.modern_start();
+    for register in [16, 26] {
+        rig.set(register, 2, 0);
+        assert_eq!(rig.get(register, 2), 0xffff);
+    }
+    rig.exchange(&mut driver, || rig.set(0x3000, 2, 0));
+    assert_eq!(rig.msi.sent().len(), 2);
+    assert_eq!(rig.get(0x1000, 1), 1);
+
+    // Without it the pin says what nobody has read yet.
+    rig.exchange(&mut driver, || rig.set(0x3000, 2, 0));
+    assert_eq!((rig.msi.sent().len(), rig.intx.level()), (3, false));
+    let at = rig.capabilities(0x05)[0];
+    rig.set_config(at + 2, IoSize::Word, 0);
+    rig.exchange(&mut driver, || rig.set(0x3000, 2, 0));
+    assert_eq!((rig.msi.sent().len(), rig.intx.level()), (3, true));
+    rig.enable_msi(0x42);
+    assert!(!rig.intx.level(), "messages instead");
+    rig.set_config(at + 2, IoSize::Word, 0);
+    assert!(rig.intx.level());
+    assert_eq!((rig.get(0x1000, 1), rig.intx.level()), (1, false));
 }
 
 #[test]

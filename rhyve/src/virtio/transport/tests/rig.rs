@@ -201,12 +201,15 @@ pub struct Rig {
 }
 
 pub fn rig(transport: Transport) -> Rig {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
-    rig_on(transport, memory)
+    rig_on(transport, memory(), true)
 }
 
-/// The same with memory that there is already.
-pub fn rig_on(transport: Transport, memory: GuestMemoryMmap) -> Rig {
+pub fn memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap()
+}
+
+/// The same with memory that there is already, and with MSI-X or MSI.
+pub fn rig_on(transport: Transport, memory: GuestMemoryMmap, msix: bool) -> Rig {
     let echo = Arc::<Echo>::default();
     let buses = Buses {
         ports: Arc::new(PortBus::new()),
@@ -218,6 +221,7 @@ pub fn rig_on(transport: Transport, memory: GuestMemoryMmap) -> Rig {
         memory: memory.clone(),
         buses: buses.clone(),
         msi: Arc::new(msi.clone()),
+        msix,
         doorbells: Arc::new(doorbells.clone()),
     };
     let pin = IntxPin {
@@ -309,6 +313,14 @@ impl Rig {
             }
         }
         self.set_config(at + 2, IoSize::Word, 0x8000);
+    }
+
+    /// Enables MSI with this message.
+    pub fn enable_msi(&self, data: u32) {
+        let at = self.capabilities(0x05)[0];
+        self.set_config(at + 4, IoSize::Dword, 0xfee0_0000);
+        self.set_config(at + 12, IoSize::Word, data);
+        self.set_config(at + 2, IoSize::Word, 1);
     }
 
     pub fn driver(&self, base: u64, size: u16) -> GuestDriver {
