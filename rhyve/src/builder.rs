@@ -151,6 +151,7 @@ pub fn build(
     }
     ram.set_dumped(spec.guest_in_core)?;
     let mut firmware = FirmwareSpec::new(spec, layout);
+    firmware.roots = pci::roots(spec);
     firmware.intx = pci::intx_routes(&spec.slots);
     firmware.ecam = pci::ecam(spec);
     let suspended = state.phase == Phase::Suspended;

@@ -473,6 +473,8 @@ mod tests {
             "-s 3,virtio-blk,disk.img,rw guest0",
             "-s 30,lpc -s 31,lpc guest0",
             "-s 4:9,hostbridge guest0",
+            "-s 256:2:0,virtio-rnd guest0",
+            "-s 1.2.0,virtio-rnd guest0",
             "-s 0,hostbridge -s 0:0,hostbridge guest0",
             "-l com1 guest0",
             "-l com1,/dev/nmdm0A,x -l com1,stdio -l com2,stdio guest0",

@@ -76,8 +76,7 @@ impl Savers {
         }
         for (at, function) in self.pci.functions() {
             if let Some(device) = function.lifecycle() {
-                let (slot, number) = (at.slot, at.function);
-                call(format!("pci 0:{slot}:{number} {}", function.name()), device)?;
+                call(format!("pci {at} {}", function.name()), device)?;
             }
         }
         Ok(())

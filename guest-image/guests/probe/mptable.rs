@@ -15,6 +15,8 @@ pub struct MpTable {
     /// The first I/O APIC's address.
     pub ioapic: Option<u64>,
     pub entries: u32,
+    /// The PCI buses below 64, a bit each.
+    pub pci_buses: u64,
 }
 
 /// Looks in the last KiB of base memory and in the BIOS area (MP 1.4, section 4); an error says
@@ -60,6 +62,7 @@ fn parse(floating: u64) -> Result<MpTable, &'static str> {
         cpus: CpuList::new(),
         ioapic: None,
         entries: peek32(table + 34).ok_or(ENDS)? & 0xffff,
+        pci_buses: 0,
     };
     let mut at = table + 44;
     for _ in 0..found.entries {
@@ -81,7 +84,14 @@ fn parse(floating: u64) -> Result<MpTable, &'static str> {
                 }
                 8
             }
-            1 | 3 | 4 => 8,
+            1 => {
+                // The name's first bytes are behind the id.
+                if head >> 16 == u32::from(u16::from_le_bytes(*b"PC")) && id < 64 {
+                    found.pci_buses |= 1 << id;
+                }
+                8
+            }
+            3 | 4 => 8,
             _ => return Err("an entry of unknown type"),
         };
         at += size;

@@ -1,14 +1,14 @@
-//! PCI functions of bus 0, by configuration mechanism 1.
+//! PCI functions, by configuration mechanism 1: of bus 0 and of the buses that the MP table lists.
 
 use crate::console::{Hex, say};
-use crate::{apic, cpu};
+use crate::{apic, cpu, mptable};
 
 const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 
-/// A function: device and function number, as they are on the wire.
+/// A function: bus, device and function number, as they are on the wire.
 #[derive(Clone, Copy)]
-pub struct Function(pub u8);
+pub struct Function(pub u16);
 
 /// Where a base address register leads.
 #[derive(Clone, Copy)]
@@ -101,7 +101,11 @@ impl Function {
 
 /// All functions that are there.
 pub fn functions() -> impl Iterator<Item = Function> {
-    (0..=255).map(Function).filter(|function| {
+    let listed = mptable::find().ok().flatten();
+    let others = listed.map_or(0, |table| table.pci_buses) & !1;
+    let buses = (0..64).filter(move |bus| (others | 1) & 1 << bus != 0);
+    let all = buses.flat_map(|bus: u16| (bus << 8..=bus << 8 | 0xff).map(Function));
+    all.filter(|function| {
         let ident = function.ident();
         ident as u16 != 0xffff && ident != 0
     })
@@ -112,7 +116,9 @@ pub fn list() {
     for function in functions() {
         say!(
             "probe: pci ",
-            u32::from(function.0 >> 3),
+            u32::from(function.0 >> 8),
+            ":",
+            u32::from(function.0 >> 3 & 31),
             ":",
             u32::from(function.0 & 7),
             " ",

@@ -1,6 +1,7 @@
-//! Bus 0: its functions, the ways to their configuration, and their interrupts.
+//! PCI's buses: their functions, the ways to their configuration, what they decode, and interrupts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use vmm_api::name::VmName;
@@ -11,7 +12,7 @@ use crate::config::{
     BlkSpec, Era, MacAddress, MachineSpec, PciAddress, PortSpec, RndSpec, SlotDevice, SlotSpec,
 };
 use crate::console::{Attached, Console, attach};
-use crate::firmware::{Ecam, IOAPIC_BASE, IntxRoute, PCI_HOLE};
+use crate::firmware::{Ecam, IOAPIC_BASE, IntxRoute, PCI_HOLE, PciRoot};
 use crate::irq::{Fork, WiredOr};
 use crate::isa::reset::ResetControl;
 use crate::machine::{Function, KvmEvents};
@@ -31,6 +32,11 @@ use crate::virtio::{Rnd, Vintage, VirtioDevice};
 
 /// Where bhyve had its configuration space in memory (sys/amd64/vmm, usr.sbin/bhyve/pci_emul.c).
 const ECAM_BASE: u32 = 0xe000_0000;
+/// The first port of BARs, as in bhyve.
+const FIRST_PORT: u32 = 0x2000;
+/// What each bus has of ports and of memory begins at a multiple of these.
+const PORT_STEP: u32 = 32;
+const MEMORY_STEP: u32 = 1 << 20;
 /// The I/O APIC's pins from here on are PCI's alone; below are those of ISA.
 const FIRST_GSI: u8 = 16;
 const GSIS: u8 = 8;
@@ -42,8 +48,37 @@ const PIC_IRQS: [u8; 3] = [10, 11, 5];
 pub(super) fn ecam(spec: &MachineSpec) -> Option<Ecam> {
     (spec.acpi && spec.era == Era::Today).then_some(Ecam {
         base: ECAM_BASE,
-        last_bus: 0,
+        last_bus: buses(&spec.slots).last().copied().unwrap_or(0),
     })
+}
+
+/// The buses that have a function.
+fn buses(slots: &[SlotSpec]) -> BTreeSet<u8> {
+    slots.iter().map(|slot| slot.address.bus).collect()
+}
+
+/// Those, each with an equal part of the ports and of the memory that BARs can have.
+pub(super) fn roots(spec: &MachineSpec) -> Vec<PciRoot> {
+    let buses = buses(&spec.slots);
+    let end = ecam(spec).map_or(IOAPIC_BASE, |ecam| ecam.base);
+    let part = |all: Range<u32>, number: u32, step: u32| {
+        let count = buses.len() as u32;
+        let size = (all.end - all.start) / count / step * step;
+        let start = all.start + number * size;
+        // The last one has what is left.
+        let end = if number + 1 == count {
+            all.end
+        } else {
+            start + size
+        };
+        start..end
+    };
+    let roots = (0..).zip(&buses).map(|(number, bus)| PciRoot {
+        bus: *bus,
+        ports: part(FIRST_PORT..0x1_0000, number, PORT_STEP),
+        memory: part(PCI_HOLE..end, number, MEMORY_STEP),
+    });
+    roots.collect()
 }
 
 /// The 8259s' input for what goes to `gsi`.
@@ -55,11 +90,17 @@ fn pic_irq(gsi: u8) -> u8 {
 
 /// The pin by which a function interrupts, and where it goes: neighbours go to different lines.
 fn route(address: PciAddress) -> IntxRoute {
-    let PciAddress { slot, function, .. } = address;
+    let PciAddress {
+        bus,
+        slot,
+        function,
+    } = address;
+    let line = bus.wrapping_add(slot + function % 4) % GSIS;
     IntxRoute {
+        bus,
         slot,
         pin: function % 4 + 1,
-        gsi: FIRST_GSI + (slot + function % 4) % GSIS,
+        gsi: FIRST_GSI + line,
     }
 }
 
@@ -76,7 +117,7 @@ pub(super) fn intx_routes(slots: &[SlotSpec]) -> Vec<IntxRoute> {
         .filter(|slot| interrupts(&slot.device))
         .map(|slot| route(slot.address))
         .collect();
-    routes.sort_by_key(|route| (route.slot, route.pin));
+    routes.sort_by_key(|route| (route.bus, route.slot, route.pin));
     routes.dedup();
     routes
 }
@@ -100,7 +141,7 @@ pub(super) fn check_balloons(slots: &[SlotSpec], wired: bool) -> Result<(), Buil
     Ok(())
 }
 
-/// What was put on the bus.
+/// What was put on the buses.
 pub(super) struct Plugged {
     /// All functions, by address.
     pub functions: Vec<Function>,
@@ -116,13 +157,14 @@ pub(super) struct Plugged {
     pub sockets: Vec<SocketFile>,
 }
 
-/// Puts functions on the bus.
+/// Puts functions on the buses.
 struct Backplane<'a> {
     board: &'a Board<'a>,
     vm: &'a VmName,
     era: Era,
     virtio: transport::Board,
-    placement: Placement,
+    /// What is left of what each bus decodes.
+    placements: BTreeMap<u8, Placement>,
     lines: BTreeMap<u8, Arc<WiredOr>>,
     plugged: Plugged,
 }
@@ -272,8 +314,9 @@ impl Backplane<'_> {
             line: pic,
             intx: Intx::new(line.source()),
         };
-        let place = &mut self.placement;
         let kind = device.name();
+        let nothing = || Placement::new(0..0, 0..0);
+        let place = self.placements.entry(address.bus).or_insert_with(nothing);
         let (virtio, function) = VirtioPci::new(device, transport, &self.virtio, pin, place)?;
         self.plugged.functions.push(Function {
             address,
@@ -285,7 +328,7 @@ impl Backplane<'_> {
 }
 
 impl Board<'_> {
-    /// Bus 0, and the ports and memory through which guests see it. Returns what is on it.
+    /// The buses, and the ports and memory through which guests see them. Returns what is on them.
     pub(super) fn pci(
         &self,
         spec: &MachineSpec,
@@ -293,8 +336,12 @@ impl Board<'_> {
     ) -> Result<Plugged, BuildError> {
         let bus = PciBus::new();
         savers.pci = bus.clone();
-        let ecam = ecam(spec);
-        let end = ecam.map_or(IOAPIC_BASE, |ecam| ecam.base);
+        let places = roots(spec)
+            .into_iter()
+            .map(|PciRoot { bus, ports, memory }| {
+                let wide = |range: Range<u32>| range.start.into()..range.end.into();
+                (bus, Placement::new(wide(ports), wide(memory)))
+            });
         let events = KvmEvents::new(self.vm.clone());
         let mut backplane = Backplane {
             board: self,
@@ -310,7 +357,7 @@ impl Board<'_> {
                 msix: spec.virtio_msix,
                 doorbells: events,
             },
-            placement: Placement::new(PCI_HOLE.into()..end.into()),
+            placements: places.collect(),
             lines: BTreeMap::new(),
             plugged: Plugged {
                 functions: Vec::new(),
@@ -325,8 +372,8 @@ impl Board<'_> {
             bus.plug(slot.address, backplane.function(slot)?)?;
         }
         self.vm.set_level_triggered(&PIC_IRQS)?;
-        if let Some(ecam) = ecam {
-            EcamWindow::register(bus.clone(), ecam.base.into(), &self.mmio)?;
+        if let Some(Ecam { base, last_bus }) = ecam(spec) {
+            EcamWindow::register(bus.clone(), base.into(), last_bus, &self.mmio)?;
         }
         let ports = ConfigPorts::new(bus, ResetControl::new(self.sink()));
         ports.register(&self.ports)?;
@@ -334,5 +381,48 @@ impl Board<'_> {
         let mut plugged = backplane.plugged;
         plugged.functions.sort_by_key(|function| function.address);
         Ok(plugged)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SpecBuilder;
+
+    fn spec(slots: impl Iterator<Item = String>) -> MachineSpec {
+        let mut builder = SpecBuilder::new(Era::Today);
+        builder.set_name("guest0").unwrap();
+        slots.for_each(|slot| builder.slot(&slot).unwrap());
+        builder.settle().unwrap()
+    }
+
+    #[test]
+    fn buses_share_what_there_is_of_addresses() {
+        for buses in [&[0][..], &[0, 1], &[0, 9, 255]] {
+            let spec = spec(buses.iter().map(|bus| format!("{bus}:2:0,virtio-rnd")));
+            let last = *buses.last().unwrap();
+            assert_eq!(ecam(&spec).map(|ecam| ecam.last_bus), Some(last));
+            let roots = roots(&spec);
+            assert!(roots.iter().map(|root| root.bus).eq(buses.iter().copied()));
+            let (mut port, mut memory) = (0x2000, 0xc000_0000);
+            for root in roots {
+                assert_eq!((root.ports.start, root.memory.start), (port, memory));
+                assert!(port.is_multiple_of(32) && memory.is_multiple_of(1 << 20));
+                (port, memory) = (root.ports.end, root.memory.end);
+            }
+            assert_eq!((port, memory), (0x1_0000, 0xe000_0000));
+        }
+    }
+
+    #[test]
+    fn each_of_all_buses_has_room_for_a_device() {
+        let spec = spec((0..=255).map(|bus| format!("{bus}:2:0,virtio-rnd")));
+        for PciRoot { ports, memory, .. } in roots(&spec) {
+            assert!(ports.len() >= 128 && memory.len() >= 1 << 20);
+        }
+        let routes = intx_routes(&spec.slots);
+        assert_eq!(routes.len(), 256);
+        // Neighbours do not share a line.
+        assert!(routes.windows(2).all(|pair| pair[0].gsi != pair[1].gsi));
     }
 }

@@ -168,9 +168,9 @@ pub enum Problem {
     /// A function guests never look for.
     #[error("guests look at a slot's other functions only if it has function 0: fill {0} first")]
     NoFunctionZero(PciAddress),
-    /// A second bridge to ISA.
-    #[error("a machine has one bridge to ISA: leave lpc at {0} out")]
-    SecondIsaBridge(PciAddress),
+    /// A second bridge to ISA, or one that is not on bus 0, as bhyve has it.
+    #[error("a machine has one bridge to ISA, on bus 0: leave lpc at {0} out")]
+    IsaBridge(PciAddress),
     /// Two consoles at one other end.
     #[error("two consoles cannot share {0}: connect one of them elsewhere")]
     Shared(&'static str),

@@ -50,10 +50,16 @@ impl MacAddress {
     /// 2012): NetApp's prefix, and three bytes of an MD5 over the VM's name, with the place before
     /// it unless that is slot 1.
     pub fn customary(vm: &VmName, place: PciAddress) -> Self {
-        let PciAddress { slot, function, .. } = place;
-        let text = match (slot, function) {
-            (1, 0) => vm.to_string(),
-            _ => format!("{slot}-{function}-{vm}"),
+        let PciAddress {
+            bus,
+            slot,
+            function,
+        } = place;
+        let text = match (bus, slot, function) {
+            (0, 1, 0) => vm.to_string(),
+            (0, ..) => format!("{slot}-{function}-{vm}"),
+            // bhyve leaves the bus out, so that two of its cards may have one address.
+            _ => format!("{bus}-{slot}-{function}-{vm}"),
         };
         let [a, b, c, ..] = md5::compute(text).0;
         Self([0x00, 0xa0, 0x98, a, b, c])
@@ -425,13 +431,14 @@ mod tests {
         let name = "myguest".parse().unwrap();
         let mac = MacAddress::customary(&name, at(1, 0));
         assert_eq!(mac.to_string(), "00:a0:98:f6:70:6c");
-        let others = [at(2, 0), at(1, 1)].map(|place| MacAddress::customary(&name, place));
+        let bus = PciAddress { bus: 1, ..at(2, 0) };
+        let others = [at(2, 0), at(1, 1), bus].map(|place| MacAddress::customary(&name, place));
         assert!(
             others
                 .iter()
                 .all(|other| *other != mac && other.is_unicast())
         );
-        assert_ne!(others[0], others[1]);
+        assert!(others[0] != others[1] && others[0] != others[2]);
     }
 
     #[test]

@@ -71,9 +71,6 @@ pub enum SlotError {
         /// The largest there is.
         max: u8,
     },
-    /// A bus nobody can reach.
-    #[error("bus {0} is not supported yet: there is no PCI bridge, so use bus 0")]
-    Bus(u8),
     /// bhyve has it, rhyve has not.
     #[error("emulation '{0}' is not supported yet: {1}")]
     NotYet(String, &'static str),
@@ -250,21 +247,26 @@ impl PciAddress {
         function: 0,
     };
 
+    /// The address whose device and function number are those of the wire.
+    pub fn on_wire(bus: u8, devfn: u8) -> Self {
+        Self {
+            bus,
+            slot: devfn >> 3,
+            function: devfn & 7,
+        }
+    }
+
     /// An address from its three numbers, if there can be such a function.
     ///
     /// # Errors
-    /// [`SlotError::Range`] and [`SlotError::Bus`].
+    /// [`SlotError::Range`].
     pub fn new(bus: u32, slot: u32, function: u32) -> Result<Self, SlotError> {
         let part = |part, value, max| match u8::try_from(value) {
             Ok(value) if value <= max => Ok(value),
             _ => Err(SlotError::Range { part, value, max }),
         };
-        match part("bus", bus, 255)? {
-            0 => {}
-            bus => return Err(SlotError::Bus(bus)),
-        }
         Ok(Self {
-            bus: 0,
+            bus: part("bus", bus, 255)?,
             slot: part("slot", slot, 31)?,
             function: part("function", function, 7)?,
         })
@@ -311,22 +313,25 @@ mod tests {
 
     #[test]
     fn the_three_forms_of_a_place_are_read() {
-        let at = |slot, function| {
+        let at = |bus, slot, function| {
             Ok(PciAddress {
-                bus: 0,
+                bus,
                 slot,
                 function,
             })
         };
-        assert_eq!("0".parse(), at(0, 0));
-        assert_eq!("31:7".parse(), at(31, 7));
-        assert_eq!("0:5:1".parse(), at(5, 1));
+        assert_eq!("0".parse(), at(0, 0, 0));
+        assert_eq!("31:7".parse(), at(0, 31, 7));
+        assert_eq!("0:5:1".parse(), at(0, 5, 1));
+        assert_eq!("255:2:0".parse(), at(255, 2, 0));
     }
 
     #[test]
     fn bad_places_are_refused() {
         let err = |s: &str| s.parse::<PciAddress>().unwrap_err();
-        for text in ["", "x", "1:", "0:0:0:0", "-1", "0x1"] {
+        for text in [
+            "", "x", "1:", "0:0:0:0", "-1", "0x1", "1:2:", "a:2:0", "1.2.0",
+        ] {
             assert_eq!(err(text), SlotError::Place(text.into()));
         }
         assert_eq!(
@@ -353,7 +358,6 @@ mod tests {
                 max: 255
             }
         );
-        assert_eq!(err("1:0:0"), SlotError::Bus(1));
     }
 
     #[test]
@@ -379,8 +383,8 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn display_reads_back(slot in 0u8..32, function in 0u8..8) {
-            let address = PciAddress { bus: 0, slot, function };
+        fn display_reads_back(bus: u8, devfn: u8) {
+            let address = PciAddress::on_wire(bus, devfn);
             proptest::prop_assert_eq!(address.to_string().parse(), Ok(address));
         }
 

@@ -1,5 +1,7 @@
-//! The DSDT: soft off, the PCI root with its windows and interrupts, and the ISA devices a guest
+//! The DSDT: soft off, the PCI roots with their windows and interrupts, and the ISA devices a guest
 //! cannot find by itself.
+
+use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -8,7 +10,7 @@ use acpi_tables::aml::{
 };
 
 use super::acpi::bytes;
-use super::{FirmwareSpec, IOAPIC_BASE, pm};
+use super::{FirmwareSpec, PciRoot, pm};
 use crate::config::ComPort;
 
 /// Where the hole below 4 GiB begins, which has PCI's memory window, the APICs and no RAM.
@@ -20,7 +22,8 @@ pub(super) fn build(spec: &FirmwareSpec) -> Vec<u8> {
         "_S5_".into(),
         &Package::new(vec![&pm::S5_SLP_TYP, &pm::S5_SLP_TYP, &0u8, &0u8]),
     );
-    let mut devices = vec![pci_root(spec), clock()];
+    let roots = spec.roots.iter().map(|root| pci_root(spec, root));
+    let mut devices: Vec<Vec<u8>> = roots.chain([clock()]).collect();
     for port in &spec.com {
         let shared = spec
             .com
@@ -56,36 +59,49 @@ fn device(name: &str, pnp: &str, resources: Vec<&dyn Aml>, rest: Vec<&dyn Aml>) 
     bytes(&Device::new(name.into(), objects))
 }
 
-/// The PCI root: buses, port and memory windows, interrupt routing by plain GSIs.
-fn pci_root(spec: &FirmwareSpec) -> Vec<u8> {
-    let last_bus = spec.ecam.map_or(0, |ecam| ecam.last_bus);
-    let memory_end = spec.ecam.map_or(IOAPIC_BASE, |ecam| ecam.base);
-    let buses = AddressSpace::new_bus_number(0u16, last_bus.into());
-    // The bridge's own: configuration address and data.
+/// A PCI root: its bus, port and memory windows, interrupt routing by plain GSIs. As in bhyve, each
+/// bus is one (usr.sbin/bhyve/pci_emul.c).
+fn pci_root(spec: &FirmwareSpec, root: &PciRoot) -> Vec<u8> {
+    let number = root.bus;
+    let bus = AddressSpace::new_bus_number(u16::from(number), number.into());
+    // The first one's own: configuration address and data, and the legacy devices' ports.
     let config = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
-    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &low_ports, &high_ports];
-    let memory = (memory_end > PCI_HOLE).then(|| {
-        let not_cacheable = AddressSpaceCacheable::NotCacheable;
-        AddressSpace::new_memory(not_cacheable, true, PCI_HOLE, memory_end - 1, None)
+    let mut resources: Vec<&dyn Aml> = vec![&bus];
+    let mut ports = root.ports.clone();
+    if number == 0 {
+        resources.extend([&config as &dyn Aml, &low_ports]);
+        ports.start = 0xd00;
+    }
+    let ports = (!ports.is_empty()).then(|| {
+        let (first, last) = (ports.start as u16, (ports.end - 1) as u16);
+        AddressSpace::new_io(first, last, None)
     });
+    let memory = (!root.memory.is_empty()).then(|| {
+        let not_cacheable = AddressSpaceCacheable::NotCacheable;
+        let Range { start, end } = root.memory;
+        AddressSpace::new_memory(not_cacheable, true, start, end - 1, None)
+    });
+    resources.extend(ports.iter().map(|window| window as &dyn Aml));
     resources.extend(memory.iter().map(|window| window as &dyn Aml));
 
+    let uid = Name::new("_UID".into(), &number);
+    let bbn = Name::new("_BBN".into(), &number);
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
     let mut routing = PackageBuilder::new();
-    for route in &spec.intx {
+    let routes = spec.intx.iter().filter(|route| route.bus == number);
+    for route in routes.clone() {
         // All functions of the device, INTA as 0, no link device, GSI (ACPI 6.5, 6.2.13).
         let address = u32::from(route.slot) << 16 | 0xffff;
         let (pin, gsi) = (route.pin - 1, route.gsi);
         routing.add_element(&Package::new(vec![&address, &pin, &0u8, &gsi]));
     }
     let routing = Name::new("_PRT".into(), &routing);
-    let mut rest: Vec<&dyn Aml> = Vec::new();
+    let mut rest: Vec<&dyn Aml> = vec![&uid, &bbn];
     if spec.ecam.is_some() {
         rest.push(&cid);
     }
-    if !spec.intx.is_empty() {
+    if routes.count() != 0 {
         rest.push(&routing);
     }
     let pnp = if spec.ecam.is_some() {
@@ -93,7 +109,7 @@ fn pci_root(spec: &FirmwareSpec) -> Vec<u8> {
     } else {
         "PNP0A03"
     };
-    device("PC00", pnp, resources, rest)
+    device(&format!("PC{number:02X}"), pnp, resources, rest)
 }
 
 /// The CMOS clock.

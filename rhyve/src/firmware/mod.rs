@@ -26,6 +26,8 @@
 //! - A guest that stays with the 8259s learns what is level triggered from the ELCR (ports 0x4d0
 //!   and 0x4d1), which firmware sets for every INTx line below 16.
 
+use std::ops::Range;
+
 use uuid::Uuid;
 use vmm_api::memory::MemoryLayout;
 use vmm_api::name::VmName;
@@ -115,6 +117,8 @@ pub struct FirmwareSpec {
     pub smbios: bool,
     /// The serial ports there are.
     pub com: Vec<ComPort>,
+    /// The PCI buses, by ascending number; bus 0 has the legacy ports as well.
+    pub roots: Vec<PciRoot>,
     /// Where INTx of PCI devices go; at most one entry a device and pin.
     pub intx: Vec<IntxRoute>,
     /// PCI configuration space in memory, if there is any.
@@ -138,9 +142,22 @@ impl ProcessorId {
     };
 }
 
-/// One interrupt pin of a device on PCI bus 0.
+/// A PCI bus, which is a root of its own, and what it decodes for its BARs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciRoot {
+    /// Its number.
+    pub bus: u8,
+    /// Ports.
+    pub ports: Range<u32>,
+    /// Guest-physical addresses.
+    pub memory: Range<u32>,
+}
+
+/// One interrupt pin of a PCI device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntxRoute {
+    /// Bus.
+    pub bus: u8,
     /// Device, 0 to 31.
     pub slot: u8,
     /// 1 for INTA to 4 for INTD, as the device's interrupt pin register counts.
@@ -173,6 +190,11 @@ pub enum FirmwareError {
     /// More CPUs than 8-bit APIC ids can name.
     #[error("an MP table has 8-bit APIC ids, too few for {0} CPUs: leave it out with -Y")]
     TooManyCpus(u16),
+    /// No bus id is left for ISA.
+    #[error(
+        "an MP table has 8-bit bus ids, too few for {0} PCI buses and ISA: leave it out with -Y"
+    )]
+    TooManyBuses(usize),
     /// The guest has no RAM where the tables belong.
     #[error(
         "the guest's {0} bytes do not reach to 1 MiB, where its tables are: load it with -m 1M or more"
@@ -189,7 +211,7 @@ pub enum FirmwareError {
         room: u64,
     },
     /// A PCI interrupt that cannot be.
-    #[error("slot {} pin {} cannot be routed to GSI {}", .0.slot, .0.pin, .0.gsi)]
+    #[error("bus {} slot {} pin {} cannot be routed to GSI {}", .0.bus, .0.slot, .0.pin, .0.gsi)]
     Intx(IntxRoute),
     /// Configuration space where something else is.
     #[error(
@@ -204,7 +226,7 @@ pub enum FirmwareError {
 }
 
 impl FirmwareSpec {
-    /// What `machine` with `memory` wants: no PCI interrupts, no ECAM.
+    /// What `machine` with `memory` wants, but for PCI.
     pub fn new(machine: &MachineSpec, memory: MemoryLayout) -> Self {
         let com = ComPort::ALL
             .into_iter()
@@ -220,6 +242,7 @@ impl FirmwareSpec {
             acpi: machine.acpi,
             smbios: machine.smbios,
             com: com.collect(),
+            roots: Vec::new(),
             intx: Vec::new(),
             ecam: None,
         }

@@ -119,6 +119,7 @@ struct Form {
     product: [u8; 12],
     processor: ProcessorId,
     lapic_version: u8,
+    /// Bus ids: ISA's, and PCI bus 0's, which the others follow by their numbers.
     isa: u8,
     pci: u8,
     /// The table of 2012 has no I/O APIC and no interrupt entries: all interrupts are MSIs.
@@ -126,8 +127,13 @@ struct Form {
 }
 
 impl Form {
-    fn of(spec: &FirmwareSpec) -> Self {
-        match spec.era {
+    /// # Errors
+    /// [`FirmwareError::TooManyBuses`].
+    fn of(spec: &FirmwareSpec) -> Result<Self, FirmwareError> {
+        let buses = || spec.roots.iter().map(|root| root.bus);
+        let too_many = || FirmwareError::TooManyBuses(spec.roots.len());
+        Ok(match spec.era {
+            Era::Y2012 if buses().any(|bus| bus == u8::MAX) => return Err(too_many()),
             Era::Y2012 => Self {
                 oem: *b"NETAPP  ",
                 product: *b"vFiler      ",
@@ -143,11 +149,14 @@ impl Form {
                 processor: spec.processor,
                 // What KVM's local APICs have in their version register.
                 lapic_version: 0x14,
-                isa: 1,
+                // Guests take the id of a PCI bus for its number, so ISA has one of the others.
+                isa: (1..=u8::MAX)
+                    .find(|id| buses().all(|bus| bus != *id))
+                    .ok_or_else(too_many)?,
                 pci: 0,
                 interrupts: true,
             },
-        }
+        })
     }
 }
 
@@ -168,9 +177,9 @@ impl Entries {
 /// The floating pointer for `base` with the table right behind it.
 ///
 /// # Errors
-/// [`FirmwareError::TooManyCpus`].
+/// [`FirmwareError::TooManyCpus`] and [`FirmwareError::TooManyBuses`].
 pub(super) fn build(spec: &FirmwareSpec, base: u64) -> Result<Vec<u8>, FirmwareError> {
-    let form = Form::of(spec);
+    let form = Form::of(spec)?;
     let mut entries = Entries::default();
     for (_, id) in spec.topology.apic_ids() {
         let apic_id = u8::try_from(id).ok().filter(|id| *id != ALL_APICS);
@@ -185,7 +194,9 @@ pub(super) fn build(spec: &FirmwareSpec, base: u64) -> Result<Vec<u8>, FirmwareE
             reserved: [0; 8],
         });
     }
-    let mut buses = [(form.isa, b"ISA   "), (form.pci, b"PCI   ")];
+    let pci = spec.roots.iter();
+    let pci = pci.map(|root| (form.pci + root.bus, b"PCI   "));
+    let mut buses: Vec<_> = pci.chain([(form.isa, b"ISA   ")]).collect();
     buses.sort();
     for (id, name) in buses {
         entries.push(&Bus {
@@ -255,7 +266,7 @@ fn interrupts(spec: &FirmwareSpec, form: &Form, entries: &mut Entries) {
             kind: IO_INTERRUPT,
             interrupt: INT,
             flags: CONFORMING.into(),
-            source_bus: form.pci,
+            source_bus: form.pci + route.bus,
             // Device in bits 2 to 6, INTA as 0 in bits 0 and 1 (D.3).
             source_irq: route.slot << 2 | (route.pin - 1),
             apic_id: IOAPIC_ID,

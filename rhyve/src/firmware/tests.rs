@@ -27,9 +27,14 @@ fn spec() -> FirmwareSpec {
         acpi: true,
         smbios: true,
         com: vec![ComPort::Com1],
+        roots: vec![root(0, 0x2000..0x1_0000, 0xc000_0000..IOAPIC_BASE)],
         intx: Vec::new(),
         ecam: None,
     }
+}
+
+fn root(bus: u8, ports: Range<u32>, memory: Range<u32>) -> PciRoot {
+    PciRoot { bus, ports, memory }
 }
 
 fn names(spec: &FirmwareSpec) -> BTreeMap<String, Vec<u8>> {
@@ -67,6 +72,7 @@ fn the_seeds_mp_table_says_what_the_seed_saw() {
 #[test]
 fn todays_mp_table_describes_kvms_interrupt_wiring() {
     let intx = vec![IntxRoute {
+        bus: 0,
         slot: 3,
         pin: 1,
         gsi: 19,
@@ -178,8 +184,10 @@ fn the_dsdt_has_what_the_guest_cannot_find_by_itself() {
             "_SB_.COM1._CRS",
             "_SB_.COM1._HID",
             "_SB_.COM1._UID",
+            "_SB_.PC00._BBN",
             "_SB_.PC00._CRS",
             "_SB_.PC00._HID",
+            "_SB_.PC00._UID",
             "_SB_.RTC_._CRS",
             "_SB_.RTC_._HID",
         ]
@@ -217,6 +225,7 @@ fn every_com_port_is_described_with_its_interrupt() {
 #[test]
 fn pci_interrupts_and_ecam_are_described() {
     let intx = vec![IntxRoute {
+        bus: 0,
         slot: 31,
         pin: 4,
         gsi: 16,
@@ -226,6 +235,7 @@ fn pci_interrupts_and_ecam_are_described() {
         last_bus: 255,
     });
     let spec = FirmwareSpec {
+        roots: vec![root(0, 0x2000..0x1_0000, 0xc000_0000..0xe000_0000)],
         intx,
         ecam,
         ..spec()
@@ -252,6 +262,73 @@ fn pci_interrupts_and_ecam_are_described() {
     let mcfg = bios.acpi()["MCFG"];
     assert_eq!(bios.u64(mcfg + 44), 0xe000_0000);
     assert_eq!(bios.bytes(mcfg + 52, 4), [0, 0, 0, 255]);
+}
+
+#[test]
+fn each_bus_is_a_root_of_its_own() {
+    let route = |bus, gsi| IntxRoute {
+        bus,
+        slot: 2,
+        pin: 1,
+        gsi,
+    };
+    let spec = FirmwareSpec {
+        roots: vec![
+            root(0, 0x2000..0x9000, 0xc000_0000..0xd000_0000),
+            root(1, 0x9000..0x1_0000, 0xd000_0000..0xe000_0000),
+        ],
+        intx: vec![route(0, 18), route(1, 19)],
+        ..spec()
+    };
+    let names = names(&spec);
+    for (bus, gsi, ports, memory) in [
+        (0u8, 18, [0x0d00u16, 0x8fff], [0xc000_0000u32, 0xcfff_ffff]),
+        (1, 19, [0x9000, 0xffff], [0xd000_0000, 0xdfff_ffff]),
+    ] {
+        let of = |name: &str| &names[&format!("_SB_.PC{bus:02X}.{name}")];
+        let integer = |bus| if bus == 0 { vec![0] } else { vec![1] };
+        assert_eq!((of("_UID"), of("_BBN")), (&integer(bus), &integer(bus)));
+        assert_eq!(of("_PRT")[6..], [0x0c, 0xff, 0xff, 2, 0, 0, 0, 0x0a, gsi]);
+        let all = resources(of("_CRS"));
+        let words = |bytes: &[u8]| {
+            let words = bytes.chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+            words.collect::<Vec<_>>()
+        };
+        // Granularity, minimum, maximum.
+        assert_eq!(words(&all[0].1[3..9]), [0, bus.into(), bus.into()]);
+        assert_eq!(all.iter().any(|(tag, _)| *tag == 8), bus == 0, "0xcf8");
+        assert_eq!(words(&all[all.len() - 2].1[5..9]), ports);
+        let window = &all[all.len() - 1].1[7..15];
+        assert_eq!(*window, *memory.map(u32::to_le_bytes).concat());
+    }
+
+    let (_, entries) = Bios::of(&spec).mp_entries();
+    let buses: Vec<_> = entries[&1].iter().map(|bus| (bus[1], &bus[2..5])).collect();
+    assert_eq!(buses, [(0, &b"PCI"[..]), (1, b"PCI"), (2, b"ISA")]);
+    let (pci, isa): (Vec<_>, Vec<_>) = entries[&3].iter().partition(|entry| entry[4] != 2);
+    assert!(
+        pci.iter()
+            .map(|entry| (entry[4], entry[5], entry[7]))
+            .eq([(0, 8, 18), (1, 8, 19)])
+    );
+    assert_eq!(isa.len(), 15);
+
+    let roots = |buses: std::ops::RangeInclusive<u8>| {
+        buses.map(|bus| root(bus, 0..0, 0..0)).collect::<Vec<_>>()
+    };
+    let build = |era, roots| {
+        build(&FirmwareSpec {
+            era,
+            roots,
+            ..spec.clone()
+        })
+    };
+    assert!(build(Era::Today, roots(0..=254)).is_ok());
+    for (era, buses) in [(Era::Today, 0..=255), (Era::Y2012, 255..=255)] {
+        let roots = roots(buses);
+        let refused = Err(FirmwareError::TooManyBuses(roots.len()));
+        assert_eq!(build(era, roots), refused);
+    }
 }
 
 #[test]
@@ -387,7 +464,13 @@ fn what_cannot_be_described_is_refused() {
         (1, 1, 0),
         (1, 1, 2),
     ] {
-        let route = IntxRoute { slot, pin, gsi };
+        let bus = 0;
+        let route = IntxRoute {
+            bus,
+            slot,
+            pin,
+            gsi,
+        };
         let err = build(&FirmwareSpec {
             intx: vec![route],
             ..spec()
@@ -405,7 +488,7 @@ fn any_spec() -> impl Strategy<Value = FirmwareSpec> {
     let era = prop_oneof![Just(Era::Y2012), Just(Era::Y2014), Just(Era::Today)];
     let memory = (0x100..=LOWMEM_LIMIT >> 12, 0..=(1u64 << 46) >> 12);
     let com = proptest::sample::subsequence(ComPort::ALL.to_vec(), 0..=4);
-    let routes = proptest::collection::btree_map((0u8..32, 1u8..=4), 3u8..24, 0..=128);
+    let routes = proptest::collection::btree_map((0u8..2, 0u8..32, 1u8..=4), 3u8..24, 0..=128);
     let ecam = proptest::option::of((0u32..512, any::<u8>()));
     (
         era,
@@ -433,8 +516,14 @@ fn any_spec() -> impl Strategy<Value = FirmwareSpec> {
                 com,
                 intx: routes
                     .into_iter()
-                    .map(|((slot, pin), gsi)| IntxRoute { slot, pin, gsi })
+                    .map(|((bus, slot, pin), gsi)| IntxRoute {
+                        bus,
+                        slot,
+                        pin,
+                        gsi,
+                    })
                     .collect(),
+                roots: (0..2).map(|bus| root(bus, 0..0, 0..0)).collect(),
                 ecam: ecam.map(|(mib, last_bus)| Ecam {
                     base: 0xc000_0000 + (mib << 20),
                     last_bus,

@@ -1,6 +1,6 @@
 //! Base address registers: what a function decodes, and where firmware puts it.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use super::ConfigSpace;
 use super::config::{BAR0, COMMAND};
@@ -92,7 +92,7 @@ impl Bar {
 
 /// No room for a BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no room for a PCI device's {size:#x} bytes of {space}: use fewer devices")]
+#[error("no room for a PCI device's {size:#x} bytes of {space}: use fewer devices on its bus")]
 pub struct NoRoom {
     /// What was wanted.
     pub size: u64,
@@ -103,19 +103,14 @@ pub struct NoRoom {
 /// What a PC's firmware does with BARs before a guest starts: each gets a place.
 #[derive(Debug)]
 pub struct Placement {
-    io: u64,
-    memory: u64,
-    memory_end: u64,
+    ports: Range<u64>,
+    memory: Range<u64>,
 }
 
 impl Placement {
-    /// Ports from 0x2000 up, as in bhyve, and memory in this window.
-    pub fn new(memory: std::ops::Range<u64>) -> Self {
-        Self {
-            io: 0x2000,
-            memory: memory.start,
-            memory_end: memory.end,
-        }
+    /// In these ports and this memory, from their starts up.
+    pub fn new(ports: Range<u64>, memory: Range<u64>) -> Self {
+        Self { ports, memory }
     }
 
     /// The next place for `bar`, on a multiple of its size.
@@ -123,16 +118,16 @@ impl Placement {
     /// # Errors
     /// [`NoRoom`].
     pub fn place(&mut self, bar: &Bar) -> Result<u64, NoRoom> {
-        let (next, end, space) = match bar.kind {
-            BarKind::Io => (&mut self.io, 0x1_0000, "ports"),
-            _ => (&mut self.memory, self.memory_end, "memory"),
+        let (left, space) = match bar.kind {
+            BarKind::Io => (&mut self.ports, "ports"),
+            _ => (&mut self.memory, "memory"),
         };
-        let base = next.next_multiple_of(bar.size);
-        if base + bar.size > end {
+        let base = left.start.next_multiple_of(bar.size);
+        if base + bar.size > left.end {
             let size = bar.size;
             return Err(NoRoom { size, space });
         }
-        *next = base + bar.size;
+        left.start = base + bar.size;
         Ok(base)
     }
 }
@@ -191,7 +186,7 @@ mod tests {
 
     #[test]
     fn firmware_places_them_as_bhyve_did() {
-        let mut places = Placement::new(0xc000_0000..0xc000_8000);
+        let mut places = Placement::new(0x2000..0x1_0000, 0xc000_0000..0xc000_8000);
         let io = |size| bar(0, BarKind::Io, size);
         assert_eq!(places.place(&io(32)), Ok(0x2000));
         assert_eq!(places.place(&io(64)), Ok(0x2040));
@@ -203,7 +198,7 @@ mod tests {
         let full = places.place(&bar(1, BarKind::Memory32, 16)).unwrap_err();
         assert_eq!(
             full.to_string(),
-            "no room for a PCI device's 0x10 bytes of memory: use fewer devices"
+            "no room for a PCI device's 0x10 bytes of memory: use fewer devices on its bus"
         );
         assert!(places.place(&io(0x1_0000)).is_err());
     }

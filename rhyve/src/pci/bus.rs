@@ -1,5 +1,9 @@
-//! The functions of bus 0, the only one.
+//! The functions, by bus, device and function number.
+//!
+//! There are no bridges between buses: each that has a function is a root of its own, as in bhyve.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::config::{BAR0, COMMAND, HEADER_TYPE};
@@ -11,28 +15,6 @@ use crate::lifecycle::Lifecycle;
 const MULTI_FUNCTION: u32 = 0x80;
 /// The register behind the BARs.
 const END_OF_BARS: u8 = BAR0 + 6 * 4;
-
-/// Whom a guest addresses, whether anybody is there or not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// Bus.
-    pub bus: u8,
-    /// Device, 0 to 31.
-    pub slot: u8,
-    /// Function, 0 to 7.
-    pub function: u8,
-}
-
-impl Target {
-    /// From a bus number, and a device and function number as they are everywhere on the wire.
-    pub fn new(bus: u8, devfn: u8) -> Self {
-        Self {
-            bus,
-            slot: devfn >> 3,
-            function: devfn & 7,
-        }
-    }
-}
 
 /// A function's configuration space, behind its own lock.
 pub trait PciFunction: Send + Sync {
@@ -56,23 +38,23 @@ pub trait PciFunction: Send + Sync {
 
 /// Two functions at one place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{new} cannot be at slot {slot}:{function}: {old} is there")]
+#[error("{new} cannot be at {place}: {old} is there")]
 pub struct SlotTaken {
     /// Who came second.
     pub new: String,
     /// Who is there.
     pub old: String,
-    /// Device number.
-    pub slot: u8,
-    /// Function number.
-    pub function: u8,
+    /// Where.
+    pub place: PciAddress,
 }
 
-/// Bus 0.
+/// Who is where.
+type Functions = BTreeMap<PciAddress, Arc<dyn PciFunction>>;
+
+/// All functions.
 #[derive(Default)]
 pub struct PciBus {
-    /// Indexed by device number * 8 + function number; as long as its last function needs.
-    functions: RwLock<Vec<Option<Arc<dyn PciFunction>>>>,
+    functions: RwLock<Functions>,
 }
 
 impl PciBus {
@@ -90,45 +72,38 @@ impl PciBus {
         address: PciAddress,
         function: Arc<dyn PciFunction>,
     ) -> Result<(), SlotTaken> {
-        let at = index(address.slot, address.function);
         let mut functions = self
             .functions
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        if functions.len() <= at {
-            functions.resize(at + 1, None);
-        }
-        match functions.get_mut(at) {
-            Some(Some(old)) => Err(SlotTaken {
+        match functions.entry(address) {
+            Entry::Occupied(old) => Err(SlotTaken {
                 new: function.name().to_owned(),
-                old: old.name().to_owned(),
-                slot: address.slot,
-                function: address.function,
+                old: old.get().name().to_owned(),
+                place: address,
             }),
-            Some(free) => {
-                *free = Some(function);
+            Entry::Vacant(free) => {
+                free.insert(function);
                 Ok(())
             }
-            // Not reached: the bus was made long enough.
-            None => Ok(()),
         }
     }
 
     /// All functions, and where each is.
-    pub fn functions(&self) -> Vec<(Target, Arc<dyn PciFunction>)> {
-        let functions = (0..).zip(self.lock().clone());
-        let there = |(devfn, function): (u8, Option<_>)| Some((Target::new(0, devfn), function?));
-        functions.filter_map(there).collect()
+    pub fn functions(&self) -> Vec<(PciAddress, Arc<dyn PciFunction>)> {
+        let functions = self.lock();
+        let all = functions.iter();
+        all.map(|(at, function)| (*at, function.clone())).collect()
     }
 
     /// Lets every BAR that was in the way of another find its place.
     pub fn claim_bars(&self) {
         let functions = self.lock().clone();
-        functions.iter().flatten().for_each(|f| f.claim_bars());
+        functions.values().for_each(|f| f.claim_bars());
     }
 
     /// A configuration read, which does not cross a multiple of 4; all ones if nobody is there.
-    pub fn read(&self, target: Target, register: u8, size: IoSize) -> u32 {
+    pub fn read(&self, target: PciAddress, register: u8, size: IoSize) -> u32 {
         let Some(function) = self.find(target) else {
             return size.ones();
         };
@@ -138,7 +113,7 @@ impl PciBus {
             Some(before) if u16::from(before) < size.bytes() => 8 * before,
             _ => return value,
         };
-        if target.function == 0 && self.has_others(target.slot) {
+        if target.function == 0 && self.has_others(target) {
             value | MULTI_FUNCTION << shift
         } else {
             value
@@ -146,7 +121,7 @@ impl PciBus {
     }
 
     /// A configuration write, which does not cross a multiple of 4.
-    pub fn write(&self, target: Target, register: u8, size: IoSize, value: u32) {
+    pub fn write(&self, target: PciAddress, register: u8, size: IoSize, value: u32) {
         let Some(function) = self.find(target) else {
             return;
         };
@@ -157,27 +132,18 @@ impl PciBus {
         }
     }
 
-    fn find(&self, target: Target) -> Option<Arc<dyn PciFunction>> {
-        if target.bus != 0 {
-            return None;
-        }
-        self.lock()
-            .get(index(target.slot, target.function))?
-            .clone()
+    fn find(&self, target: PciAddress) -> Option<Arc<dyn PciFunction>> {
+        self.lock().get(&target).cloned()
     }
 
-    fn has_others(&self, slot: u8) -> bool {
+    fn has_others(&self, first: PciAddress) -> bool {
         let functions = self.lock();
-        (1..8).any(|f| matches!(functions.get(index(slot, f)), Some(Some(_))))
+        (1..8).any(|function| functions.contains_key(&PciAddress { function, ..first }))
     }
 
-    fn lock(&self) -> RwLockReadGuard<'_, Vec<Option<Arc<dyn PciFunction>>>> {
+    fn lock(&self) -> RwLockReadGuard<'_, Functions> {
         self.functions
             .read()
             .unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn index(slot: u8, function: u8) -> usize {
-    usize::from(slot) << 3 | usize::from(function & 7)
 }

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use super::PciBus;
-use super::bus::Target;
 use crate::bus::{IoSize, Overlap};
+use crate::config::PciAddress;
 use crate::mmio::{Mmio, MmioBus};
 
-/// The configuration space of all functions of bus 0.
+/// The configuration space of all functions.
 pub struct EcamWindow {
     bus: Arc<PciBus>,
     base: u64,
@@ -18,20 +18,23 @@ impl EcamWindow {
     /// Bytes a bus.
     pub const BUS_SIZE: u64 = 1 << 20;
 
-    /// Puts it at `base`, a multiple of 1 MiB.
+    /// Puts that of the buses up to `last` at `base`, a multiple of 1 MiB.
     ///
     /// # Errors
     /// [`Overlap`].
-    pub fn register(bus: Arc<PciBus>, base: u64, mmio: &MmioBus) -> Result<(), Overlap> {
-        let range = base..=base + (Self::BUS_SIZE - 1);
+    pub fn register(bus: Arc<PciBus>, base: u64, last: u8, mmio: &MmioBus) -> Result<(), Overlap> {
+        let size = (u64::from(last) + 1) * Self::BUS_SIZE;
+        let range = base..=base + (size - 1);
         mmio.register(range, "pciecam", Arc::new(Self { bus, base }))
     }
 
     /// Whom an address names, and which register; none beyond the first 256 bytes.
-    fn target(&self, gpa: u64) -> Option<(Target, u8)> {
-        let [low, high, bus, _, ..] = gpa.wrapping_sub(self.base).to_le_bytes();
-        let devfn = high >> 4 | bus << 4;
-        (high & 0xf == 0).then_some((Target::new(bus >> 4, devfn), low))
+    fn target(&self, gpa: u64) -> Option<(PciAddress, u8)> {
+        let offset = gpa.wrapping_sub(self.base);
+        let target = PciAddress::on_wire((offset >> 20) as u8, (offset >> 12) as u8);
+        u8::try_from(offset & 0xfff)
+            .ok()
+            .map(|register| (target, register))
     }
 }
 
@@ -87,17 +90,16 @@ impl Mmio for EcamWindow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::PciAddress;
     use crate::pci::Bridge;
 
     #[test]
     fn it_shows_what_the_ports_show() {
         let (bus, mmio) = (PciBus::new(), MmioBus::new());
-        for (slot, function) in [(0, 0), (3, 0), (3, 1)] {
-            let address = PciAddress::new(0, slot, function).unwrap();
+        for (at, slot, function) in [(0, 0, 0), (0, 3, 0), (0, 3, 1), (17, 3, 0)] {
+            let address = PciAddress::new(at, slot, function).unwrap();
             bus.plug(address, Bridge::host()).unwrap();
         }
-        EcamWindow::register(bus, 0xe000_0000, &mmio).unwrap();
+        EcamWindow::register(bus, 0xe000_0000, 17, &mmio).unwrap();
         let read = |gpa: u64, len: usize| {
             let mut data = [0; 8];
             mmio.read(gpa, &mut data[..len]).unwrap();
@@ -108,7 +110,15 @@ mod tests {
         assert_eq!(read(0xe000_0008, 8), 0x0000_0000_0600_0000);
         assert_eq!(read(0xe000_0100, 4), 0xffff_ffff);
         assert_eq!(read(0xe000_1000, 4), 0xffff_ffff);
-        for (gpa, header) in [(0xe000_000c, 0), (0xe001_800c, 0x80), (0xe001_900c, 0)] {
+        assert_eq!(read(0xe101_8000, 4), 0xffff_ffff);
+        assert_eq!(read(0xe111_8000, 4), 0x1275_1275);
+        assert!(mmio.read(0xe120_0000, &mut [0]).is_err());
+        for (gpa, header) in [
+            (0xe000_000c, 0),
+            (0xe001_800c, 0x80),
+            (0xe001_900c, 0),
+            (0xe111_800c, 0),
+        ] {
             assert_eq!(read(gpa, 4), header << 16);
             assert_eq!(read(gpa + 2, 1), header);
             assert_eq!(read(gpa, 2), 0);

@@ -483,7 +483,7 @@ impl Mmio for Window {
 mod tests {
     use super::*;
     use crate::config::PciAddress;
-    use crate::pci::{PciBus, Target};
+    use crate::pci::PciBus;
 
     /// Reads as its number, and remembers where its BAR is.
     struct Numbered(u8, Mutex<Option<u64>>);
@@ -507,7 +507,7 @@ mod tests {
             mmio: Arc::default(),
         };
         let bus = PciBus::new();
-        let mut placement = Placement::new(0xc000_0000..0xc001_0000);
+        let mut placement = Placement::new(0x2000..0x1_0000, 0xc000_0000..0xc001_0000);
         let plug = |number: u8, kind, placement: &mut Placement| {
             let device = Arc::new(Numbered(number, Mutex::default()));
             let mut parts = Parts::new("numbered", Ident::default());
@@ -535,7 +535,12 @@ mod tests {
                 }
             };
             let set = |number: u8, at: u64| {
-                bus.write(Target::new(0, number << 3), BAR0, IoSize::Dword, at as u32);
+                bus.write(
+                    PciAddress::on_wire(0, number << 3),
+                    BAR0,
+                    IoSize::Dword,
+                    at as u32,
+                );
             };
             assert_eq!((place(&one), place(&two)), (Some(start), Some(start + 16)));
             // The first goes where the second still is: nowhere, until that goes away.
@@ -548,7 +553,7 @@ mod tests {
             set(first + 1, start);
             assert_eq!((place(&one), place(&two)), (Some(start + 16), Some(start)));
             assert_eq!(read(start + 16), Some(u32::from(first) * 0x1010 + 0x0100));
-            bus.write(Target::new(0, first << 3), COMMAND, IoSize::Word, 0);
+            bus.write(PciAddress::on_wire(0, first << 3), COMMAND, IoSize::Word, 0);
             assert_eq!((place(&one), read(start + 16)), (None, None));
         }
     }

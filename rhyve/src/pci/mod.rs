@@ -1,4 +1,4 @@
-//! PCI: one bus of functions.
+//! PCI: buses of functions.
 //!
 //! A guest finds them through configuration mechanism 1 ([`ConfigPorts`]) or in memory
 //! ([`EcamWindow`]); both ask the [`PciBus`], and that the addressed function, which answers out of
@@ -20,7 +20,7 @@ mod ports;
 
 pub use bar::{Bar, BarKind, NoRoom, Placement};
 pub use bridge::Bridge;
-pub use bus::{PciBus, PciFunction, SlotTaken, Target};
+pub use bus::{PciBus, PciFunction, SlotTaken};
 pub use config::{ConfigSpace, Ident};
 pub use ecam::EcamWindow;
 pub use endpoint::{Buses, Endpoint, Intx, IntxPin, Messages, Parts, PciDevice};

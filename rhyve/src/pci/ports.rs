@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use vmm_api::state::{DeviceState, StateError};
 
 use super::PciBus;
-use super::bus::Target;
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
+use crate::config::PciAddress;
 use crate::isa::reset::ResetControl;
 use crate::lifecycle::{self, Lifecycle};
 
@@ -49,13 +49,14 @@ impl ConfigPorts {
     }
 
     /// Whom the address names now, and the register at data port `port`.
-    fn target(&self, port: u16) -> Option<(Target, u8)> {
+    fn target(&self, port: u16) -> Option<(PciAddress, u8)> {
         let address = self.address.load(Relaxed);
         if address & ENABLE == 0 {
             return None;
         }
         let [register, devfn, bus, _] = address.to_le_bytes();
-        Some((Target::new(bus, devfn), register | (port & 3) as u8))
+        let target = PciAddress::on_wire(bus, devfn);
+        Some((target, register | (port & 3) as u8))
     }
 }
 
@@ -113,12 +114,11 @@ impl InOut for ConfigPorts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::PciAddress;
     use crate::pci::Bridge;
     use crate::suspend::SuspendHow;
     use crate::testing::FakeSuspend;
 
-    fn rig() -> (PortBus, Arc<FakeSuspend>) {
+    fn rig() -> (PortBus, Arc<PciBus>, Arc<FakeSuspend>) {
         let suspend = FakeSuspend::new();
         let pci = PciBus::new();
         pci.plug(PciAddress::HOST_BRIDGE, Bridge::host()).unwrap();
@@ -127,17 +127,19 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             taken.to_string(),
-            "amd_hostbridge cannot be at slot 0:0: hostbridge is there"
+            "amd_hostbridge cannot be at 0:0:0: hostbridge is there"
         );
         let bus = PortBus::new();
         let reset = ResetControl::new(suspend.clone());
-        ConfigPorts::new(pci, reset).register(&bus).unwrap();
-        (bus, suspend)
+        ConfigPorts::new(pci.clone(), reset).register(&bus).unwrap();
+        (bus, pci, suspend)
     }
 
     #[test]
-    fn a_scan_finds_the_host_bridge_only() {
-        let (bus, _) = rig();
+    fn a_scan_finds_what_is_there_on_any_bus() {
+        let (bus, pci, _) = rig();
+        let place = PciAddress::new(200, 2, 0).unwrap();
+        pci.plug(place, Bridge::amd_host()).unwrap();
         let mut found = Vec::new();
         for function in 0..0x1_0000_u32 {
             bus.write(0xcf8, IoSize::Dword, 0x8000_0000 | function << 8)
@@ -147,13 +149,13 @@ mod tests {
                 found.push((function, ident));
             }
         }
-        assert_eq!(found, [(0, 0x1275_1275)]);
+        assert_eq!(found, [(0, 0x1275_1275), (0xc810, 0x7432_1022)]);
     }
 
     /// Linux, arch/x86/pci/direct.c: pci_check_type1 and pci_sanity_check.
     #[test]
     fn linux_recognizes_mechanism_1() {
-        let (bus, suspend) = rig();
+        let (bus, _, suspend) = rig();
         bus.write(0xcfb, IoSize::Byte, 0x01).unwrap();
         bus.write(0xcf8, IoSize::Dword, 0x8000_0000).unwrap();
         assert_eq!(bus.read(0xcf8, IoSize::Dword), Ok(0x8000_0000));
@@ -165,7 +167,7 @@ mod tests {
 
     #[test]
     fn disabled_and_odd_accesses_float() {
-        let (bus, _) = rig();
+        let (bus, ..) = rig();
         bus.write(0xcf8, IoSize::Dword, 0x0000_0000).unwrap();
         assert_eq!(bus.read(0xcfc, IoSize::Dword), Ok(0xffff_ffff));
         bus.write(0xcf8, IoSize::Dword, 0xffff_ffff).unwrap();
@@ -182,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_byte_in_between_resets() {
-        let (bus, suspend) = rig();
+        let (bus, _, suspend) = rig();
         bus.write(0xcf8, IoSize::Dword, 0x8000_0600).unwrap();
         assert_eq!(suspend.requests(), []);
         bus.write(0xcf9, IoSize::Byte, 0x06).unwrap();

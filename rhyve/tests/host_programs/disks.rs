@@ -46,7 +46,7 @@ fn both_interfaces_serve_a_driver_one_after_the_other() {
     );
     let (mut guest, _) = start_probe(&place, &options);
     let functions = ask(&mut guest, "pci");
-    let isa = "probe: pci 31:0 0x70008086 class 0x60100";
+    let isa = "probe: pci 0:31:0 0x70008086 class 0x60100";
     assert!(functions.contains(isa), "{functions}");
     let mut check = |command: &str, answer: &str| {
         let found = ask(&mut guest, command);
@@ -83,17 +83,24 @@ fn both_interfaces_serve_a_driver_one_after_the_other() {
 }
 
 #[test]
-fn a_single_message_tells_of_each_answer() {
+fn on_another_bus_a_single_message_tells_of_each_answer() {
     let place = Place::new();
     let path = disk(&place, "disk.img");
-    let options = format!("-W -s 3,virtio-blk,{}", path.display());
+    // The disk is on a bus of its own, whose root has other addresses.
+    let options = format!("-W -s 3,virtio-rnd -s 40:3:0,virtio-blk,{}", path.display());
     let (mut guest, _) = start_probe(&place, &options);
+    let functions = ask(&mut guest, "pci");
+    assert!(
+        functions.contains("probe: pci 40:3:0 0x10011af4"),
+        "{functions}"
+    );
     for kind in ["legacy", "modern"] {
         ask(&mut guest, &format!("blk {kind}"));
         let written = ask(&mut guest, "blk write 0 20 1");
         assert!(written.contains("write 20 ok"), "{kind}: {written}");
         let devices = place.ok("vmmctl --vm=guest0 --get-devices --json");
         assert!(devices.contains(r#""interrupts": "msi""#), "{devices}");
+        assert!(devices.contains(r#""slot": "40:3:0""#), "{devices}");
     }
     guest.console.send("poweroff");
     assert_eq!(guest.wait().status, Some(1));

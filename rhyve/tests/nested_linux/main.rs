@@ -225,14 +225,18 @@ fn five_gib_are_there_and_the_power_button_is_felt() {
 #[ignore = "nested lane"]
 fn without_acpi_the_mptable_does_and_the_keyboard_controller_resets() {
     let place = Place::new();
-    let cmdline = "acpi=off reboot=k";
+    let cmdline = "acpi=off reboot=k pci=lastbus=1";
     // The lane's own kernel: the cloud kernel does not read MP tables (CONFIG_X86_MPPARSE).
-    let mut guest = boot(&place, "lane/vmlinuz", "-m 256M", cmdline, "-c 2 -a");
+    let run = "-c 2 -a -s 1:2:0,virtio-rnd";
+    let mut guest = boot(&place, "lane/vmlinuz", "-m 256M", cmdline, run);
     assert_eq!(number(&mut guest, "nproc"), 2);
     assert_eq!(number(&mut guest, "grep -c x2apic /proc/cpuinfo"), 0);
     let interrupts = shell(&mut guest, "cat /proc/interrupts");
     assert!(interrupts.contains("IO-APIC"), "{interrupts}");
     assert!(!interrupts.contains("acpi"), "{interrupts}");
+    // Its pin's way is that of bus 1, device 2.
+    let irq = "cd /sys/bus/pci/devices/0000:01:02.0 && echo 1 >enable; cat irq";
+    assert_eq!(shell(&mut guest, irq), "19");
     ends(&mut guest, "reboot -f", 0);
     assert_eq!(reason(&place), StopReason::Reset);
 }

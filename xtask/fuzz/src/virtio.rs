@@ -151,7 +151,7 @@ impl Rig {
         let bus = PciBus::new();
         let plugged = bus.plug(PciAddress::HOST_BRIDGE, Bridge::host());
         plugged.expect("an empty bus");
-        let mut placement = Placement::new(MEMORY);
+        let mut placement = Placement::new(0x2000..0x1_0000, MEMORY);
         let kinds = [
             Transport::Legacy,
             Transport::Modern,
@@ -172,11 +172,12 @@ impl Rig {
             };
             let made = VirtioPci::new(blk.clone(), transport, &board, pin, &mut placement);
             let (virtio, function) = made.expect("room for its BARs");
-            let address = PciAddress::new(0, slot, 0).expect("a slot");
+            // The last is on a bus of its own.
+            let address = PciAddress::new(u32::from(slot == 3), slot, 0).expect("a slot");
             bus.plug(address, function).expect("a free slot");
             disks.push((virtio, blk));
         }
-        EcamWindow::register(bus.clone(), ECAM, &mmio).expect("free addresses");
+        EcamWindow::register(bus.clone(), ECAM, 1, &mmio).expect("free addresses");
         let reset = ResetControl::new(Arc::new(Deaf));
         let config = ConfigPorts::new(bus, reset);
         config.register(&ports).expect("free ports");
@@ -205,7 +206,7 @@ impl Rig {
                 let _ = self.ports.read(port, size);
             }
             2 => {
-                let gpa = ECAM + u64::from(at & 0xf_ffff);
+                let gpa = ECAM + u64::from(at & 0x1f_ffff);
                 let _ = self.mmio.write(gpa, &bytes[..len]);
                 let _ = self.mmio.read(gpa, &mut [0; 8]);
             }

@@ -14,7 +14,7 @@ use crate::bus::PortBus;
 use crate::config::PciAddress;
 use crate::lifecycle;
 use crate::mmio::MmioBus;
-use crate::pci::{Intx, PciBus, Target};
+use crate::pci::{Intx, PciBus};
 use crate::testing::{Buffer, FakeIrq, FakeMsi, GuestDriver};
 use crate::virtio::{
     Activation, DeviceError, QueueReset, VirtioDevice, Virtqueue, device_id, feature,
@@ -183,7 +183,7 @@ impl Doorbells for FakeDoorbells {
     }
 }
 
-pub const SLOT: Target = Target {
+pub const SLOT: PciAddress = PciAddress {
     bus: 0,
     slot: 2,
     function: 0,
@@ -229,12 +229,11 @@ pub fn rig_on(transport: Transport, memory: GuestMemoryMmap, msix: bool) -> Rig 
         line: 10,
         intx: Intx::new(intx.clone()),
     };
-    let mut placement = Placement::new(0xc000_0000..0xe000_0000);
+    let mut placement = Placement::new(0x2000..0x1_0000, 0xc000_0000..0xe000_0000);
     let (_, function) =
         VirtioPci::new(echo.clone(), transport, &board, pin, &mut placement).unwrap();
     let pci = PciBus::new();
-    pci.plug(PciAddress::new(0, 2, 0).unwrap(), function)
-        .unwrap();
+    pci.plug(SLOT, function).unwrap();
     Rig {
         echo,
         buses,
