@@ -60,7 +60,8 @@ fn device(name: &str, pnp: &str, resources: Vec<&dyn Aml>, rest: Vec<&dyn Aml>) 
 }
 
 /// A PCI root: its bus, port and memory windows, interrupt routing by plain GSIs. As in bhyve, each
-/// bus is one (usr.sbin/bhyve/pci_emul.c).
+/// bus is one (usr.sbin/bhyve/pci_emul.c), and has no _ADR, for which a device with a _HID has no use
+/// (ACPI 6.5, 6.1): FreeBSD up to 10 says that it could not evaluate it, and goes on.
 fn pci_root(spec: &FirmwareSpec, root: &PciRoot) -> Vec<u8> {
     let number = root.bus;
     let bus = AddressSpace::new_bus_number(u16::from(number), number.into());

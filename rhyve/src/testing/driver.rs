@@ -90,7 +90,8 @@ impl Interrupts for FakeInterrupts {
     }
 }
 
-/// A driver of one queue. Its rings lie as a legacy driver has them: the descriptor table on a page,
+/// A driver of one queue, which finds that its requests are answered in their order (2.7.9) unless
+/// it is told that they are not. Its rings lie as a legacy driver has them: the descriptor table on a page,
 /// the available ring behind it, the used ring on the next page (2.7.2).
 pub struct GuestDriver {
     memory: GuestMemoryMmap,
@@ -100,7 +101,10 @@ pub struct GuestDriver {
     heap: AtomicU32,
     heap_start: u32,
     free: BTreeSet<u16>,
+    /// Requests under way, in the order in which they were sent.
     chains: Vec<(u16, Vec<u16>)>,
+    /// The device may answer them in another one.
+    any_order: bool,
     next_avail: u16,
     next_used: u16,
 }
@@ -130,6 +134,7 @@ impl GuestDriver {
             heap_start: heap as u32,
             free: (0..size).collect(),
             chains: Vec::new(),
+            any_order: false,
             next_avail: 0,
             next_used: 0,
         }
@@ -139,6 +144,12 @@ impl GuestDriver {
     pub fn new(size: u16) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         Self::at(memory, 0x1_0000, size)
+    }
+
+    /// Takes answers as they come, as from a device without IN_ORDER.
+    pub fn in_any_order(mut self) -> Self {
+        self.any_order = true;
+        self
     }
 
     /// Wants interrupts and kicks by event index.
@@ -352,6 +363,10 @@ impl GuestDriver {
         self.next_used = self.next_used.wrapping_add(1);
         let head = u16::try_from(head).unwrap();
         if let Some(at) = self.chains.iter().position(|(first, _)| *first == head) {
+            assert!(
+                at == 0 || self.any_order,
+                "{head} is answered before others"
+            );
             self.free.extend(self.chains.remove(at).1);
         }
         if self.chains.is_empty() {

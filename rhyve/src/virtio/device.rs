@@ -219,8 +219,8 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
-    /// What stops and starts single queues, if the device can do that: then the transport offers
-    /// [`feature::RING_RESET`].
+    /// What stops and starts single queues, if the device can do that, as all of today's: then the
+    /// transport offers [`feature::RING_RESET`].
     fn queue_reset(&self) -> Option<&dyn QueueReset> {
         None
     }
@@ -228,7 +228,7 @@ pub trait VirtioDevice: Send + Sync {
 
 /// Stops and starts single queues of a running device (2.6.1).
 pub trait QueueReset {
-    /// As [`VirtioDevice::reset`], for one queue.
+    /// As [`VirtioDevice::reset`], for one queue: what it was about beyond its requests stays.
     fn stop_queue(&self, index: u16);
 
     /// The driver has set up a queue that is not running.

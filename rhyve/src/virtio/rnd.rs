@@ -14,7 +14,8 @@ use vm_memory::{GuestMemoryMmap, ReadVolatile};
 use vmm_api::state::{DeviceState, StateError};
 
 use super::{
-    Activation, Chain, DeviceError, Inspection, VirtioDevice, Virtqueue, device_id, kicks,
+    Activation, Chain, DeviceError, Inspection, QueueReset, VirtioDevice, Virtqueue, device_id,
+    kicks,
 };
 use crate::lifecycle::{self, Lifecycle};
 use crate::mevent::{Mevent, Source, Timer};
@@ -173,18 +174,9 @@ impl VirtioDevice for Rnd {
     }
 
     fn activate(&self, mut activation: Activation) -> Result<(), DeviceError> {
-        let Some(queue) = activation.take(0) else {
-            return Ok(());
-        };
-        let timer = self.rate.map(|_| self.timer()).transpose()?;
-        let mut state = self.lock();
-        let kick = kicks::on_kick(&self.mevent, "virtio-rnd", &queue, &self.me, Self::serve)?;
-        state.running = Some(Running {
-            queue,
-            timer,
-            _kick: kick,
-        });
-        Ok(())
+        activation
+            .take(0)
+            .map_or(Ok(()), |queue| self.start_queue(queue))
     }
 
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
@@ -192,8 +184,11 @@ impl VirtioDevice for Rnd {
     }
 
     fn reset(&self) {
-        // The event thread serves with this lock held.
-        self.lock().running = None;
+        self.stop_queue(0);
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
     }
 
     fn inspect(&self) -> Inspection {
@@ -207,6 +202,25 @@ impl VirtioDevice for Rnd {
                 ("host errors", self.errors.load(Relaxed)),
             ],
         }
+    }
+}
+
+impl QueueReset for Rnd {
+    fn stop_queue(&self, _: u16) {
+        // The event thread serves with this lock held.
+        self.lock().running = None;
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        let timer = self.rate.map(|_| self.timer()).transpose()?;
+        let mut state = self.lock();
+        let kick = kicks::on_kick(&self.mevent, "virtio-rnd", &queue, &self.me, Self::serve)?;
+        state.running = Some(Running {
+            queue,
+            timer,
+            _kick: kick,
+        });
+        Ok(())
     }
 }
 
@@ -315,6 +329,24 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(driver.used(), None);
         assert!(!interrupts.queues().is_empty());
+    }
+
+    #[test]
+    fn its_queue_is_reset_and_comes_back() {
+        let (rnd, mut driver, interrupts) = rig(None);
+        rnd.activate(driver.activation(0, interrupts.clone()))
+            .unwrap();
+        let reset = rnd.queue_reset().unwrap();
+        reset.stop_queue(0);
+        driver.send(&[Buffer::Writable(64)]);
+        driver.kick();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(driver.used(), None);
+        let mut driver = GuestDriver::new(8);
+        let first = driver.send(&[Buffer::Writable(64)]);
+        reset.start_queue(driver.virtqueue(0, interrupts)).unwrap();
+        assert_eq!(driver.wait_used(), (first.head, 64));
+        rnd.reset();
     }
 
     #[test]

@@ -304,6 +304,8 @@ fn console_ports_sockets_and_a_balloon_serve_one_guest() {
         let device = device(&place, kind);
         assert_eq!(device["virtio"]["transport"], "modern", "{device}");
         assert_eq!(device["virtio"]["interrupts"], "msi-x", "{device}");
+        let features = device["virtio"]["features"].as_array().unwrap();
+        assert!(features.contains(&"ring-reset".into()), "{device}");
     }
     println!("{}", place.ok("vmmctl --vm=guest0 --get-devices"));
     resumed(&place, &mut guest);

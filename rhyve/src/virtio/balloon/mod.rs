@@ -17,6 +17,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -26,8 +27,8 @@ use vm_memory::GuestMemoryMmap;
 
 use self::stats::Stats;
 use super::{
-    Activation, Chain, DeviceError, Inspection, Interrupts, VirtioDevice, Virtqueue, device_id,
-    kicks,
+    Activation, Chain, DeviceError, Inspection, Interrupts, QueueReset, VirtioDevice, Virtqueue,
+    device_id, feature as common, kicks,
 };
 use crate::lifecycle::Lifecycle;
 use crate::mevent::{Mevent, Source};
@@ -118,7 +119,9 @@ struct Running {
     reporting: Option<Virtqueue>,
     /// The statistics' buffer, which the driver waits for.
     stats_buffer: Option<u16>,
-    _kicks: Vec<Source>,
+    /// The queues' numbers, in the order of [`Running::queues`].
+    numbers: [Option<u16>; 4],
+    kicks: BTreeMap<u16, Source>,
 }
 
 impl Running {
@@ -129,6 +132,13 @@ impl Running {
             &mut self.stats,
             &mut self.reporting,
         ]
+    }
+
+    /// Where the queue with this number is.
+    fn place(&mut self, number: u16) -> Option<&mut Option<Virtqueue>> {
+        let mut numbers = self.numbers.iter();
+        let at = numbers.position(|known| *known == Some(number))?;
+        self.queues().into_iter().nth(at)
     }
 }
 
@@ -325,7 +335,7 @@ impl VirtioDevice for Balloon {
         } else {
             0
         };
-        feature::STATS_VQ | feature::DEFLATE_ON_OOM | reporting
+        feature::STATS_VQ | feature::DEFLATE_ON_OOM | reporting | common::IN_ORDER
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -353,7 +363,7 @@ impl VirtioDevice for Balloon {
         self.actual.store(u32::from_le_bytes(actual), Relaxed);
     }
 
-    fn activate(&self, mut activation: Activation) -> Result<(), DeviceError> {
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
         // Queues that are not negotiated have no number (Linux and QEMU agree on that).
         let mut next = 2;
         let mut optional = |feature| {
@@ -368,24 +378,22 @@ impl VirtioDevice for Balloon {
             optional(feature::STATS_VQ),
             optional(feature::REPORTING),
         ];
-        let [inflate, deflate, stats, reporting] =
-            numbers.map(|number| number.and_then(|number| activation.take(number)));
-        let mut state = self.lock();
-        let queues = [&inflate, &deflate, &stats, &reporting];
-        let kicks = queues.into_iter().flatten().map(|queue| {
-            kicks::on_kick(&self.mevent, "virtio-balloon", queue, &self.me, Self::serve)
-        });
-        let kicks = kicks.collect::<Result<Vec<_>, _>>()?;
-        state.running = Some(Running {
+        self.lock().running = Some(Running {
             interrupts: activation.interrupts,
-            inflate,
-            deflate,
-            stats,
-            reporting,
+            inflate: None,
+            deflate: None,
+            stats: None,
+            reporting: None,
             stats_buffer: None,
-            _kicks: kicks,
+            numbers,
+            kicks: BTreeMap::new(),
         });
-        Ok(())
+        let mut queues = activation.queues.into_iter();
+        let started = queues.try_for_each(|queue| self.start_queue(queue));
+        if started.is_err() {
+            self.lock().running = None;
+        }
+        started
     }
 
     fn reset(&self) {
@@ -399,6 +407,10 @@ impl VirtioDevice for Balloon {
 
     fn feature_names(&self) -> &'static [(u64, &'static str)] {
         feature::NAMES
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
     }
 
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
@@ -429,5 +441,44 @@ impl VirtioDevice for Balloon {
                 ("errors", errors.load(Relaxed)),
             ],
         }
+    }
+}
+
+impl QueueReset for Balloon {
+    fn stop_queue(&self, index: u16) {
+        // The event thread serves with this lock held.
+        let mut state = self.lock();
+        let Some(running) = &mut state.running else {
+            return;
+        };
+        running.kicks.remove(&index);
+        if let Some(place) = running.place(index) {
+            *place = None;
+        }
+        if running.stats.is_none() {
+            running.stats_buffer = None;
+        }
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        let mut state = self.lock();
+        // A queue that was not negotiated is nobody's.
+        let Some(running) = &mut state.running else {
+            return Ok(());
+        };
+        let index = queue.index();
+        let Some(place) = running.place(index) else {
+            return Ok(());
+        };
+        let kick = kicks::on_kick(
+            &self.mevent,
+            "virtio-balloon",
+            &queue,
+            &self.me,
+            Self::serve,
+        )?;
+        *place = Some(queue);
+        running.kicks.insert(index, kick);
+        Ok(())
     }
 }

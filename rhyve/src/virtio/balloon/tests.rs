@@ -104,6 +104,59 @@ fn pages_are_given_in_runs_and_taken_back() {
 }
 
 #[test]
+fn single_queues_are_reset_and_come_back() {
+    let mut rig = Rig::new();
+    let balloon = rig.balloon.clone();
+    let reset = balloon.queue_reset().unwrap();
+    // The statistics' buffer is the device's, and is not given back to a ring that is gone.
+    rig.drivers[2].send(&[Buffer::Readable(vec![0; 10])]);
+    rig.drivers[2].kick();
+    let taken = || {
+        rig.balloon
+            .lock()
+            .running
+            .as_ref()
+            .unwrap()
+            .stats_buffer
+            .is_some()
+    };
+    while !taken() {
+        std::thread::yield_now();
+    }
+    for index in [0, 2] {
+        reset.stop_queue(index);
+        let driver = &mut rig.drivers[usize::from(index)];
+        driver.send(&[numbers(&[1])]);
+        driver.kick();
+    }
+    rig.balloon.inspect();
+    assert_eq!((rig.drivers[0].used(), rig.drivers[2].used()), (None, None));
+    for index in [0, 2u16] {
+        let (memory, base) = (
+            rig.drivers[1].memory().clone(),
+            0x1_0000 + (u64::from(index) << 20),
+        );
+        let driver = GuestDriver::at(memory, base, 16);
+        reset
+            .start_queue(driver.virtqueue(index, rig.interrupts.clone()))
+            .unwrap();
+        rig.drivers[usize::from(index)] = driver;
+    }
+    rig.ask(0, &[numbers(&[5])]);
+    assert_eq!(rig.given.0.lock().unwrap()[..], [(5 << 12, 1 << 12)]);
+    rig.drivers[2].send(&[Buffer::Readable(vec![0; 10])]);
+    rig.drivers[2].kick();
+    // Whoever looks gives it back.
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while rig.drivers[2].used().is_none() {
+        assert!(std::time::Instant::now() < end);
+        rig.balloon.inspect();
+    }
+    reset.stop_queue(9);
+    rig.balloon.reset();
+}
+
+#[test]
 fn what_is_not_ram_is_counted_and_the_rest_taken() {
     let mut rig = Rig::new();
     let last = (MEMORY >> 12) as u32 - 1;

@@ -59,7 +59,7 @@ impl Rig {
 
     fn of(dir: TempDir, spec: &BlockSpec, backend: Arc<dyn Backend>, features: u64) -> Self {
         let device = Blk::new(spec, backend, 1).unwrap();
-        let driver = GuestDriver::new(QUEUE_SIZE);
+        let driver = GuestDriver::new(QUEUE_SIZE).in_any_order();
         let interrupts = FakeInterrupts::new();
         let offered = device.features() | common::VERSION_1;
         let activation = driver.activation(features & offered, interrupts.clone());
@@ -381,7 +381,7 @@ fn a_reset_ends_the_work_and_a_driver_may_begin_again() {
         None,
         "a device that was reset answers nothing"
     );
-    rig.driver = GuestDriver::new(QUEUE_SIZE);
+    rig.driver = GuestDriver::new(QUEUE_SIZE).in_any_order();
     // What is there before activation is found without a kick.
     let sent = rig
         .driver
@@ -498,7 +498,7 @@ fn single_queues_stop_and_start() {
     let queues = rig.device.queue_reset().unwrap();
     queues.stop_queue(7);
     queues.stop_queue(0);
-    rig.driver = GuestDriver::new(QUEUE_SIZE);
+    rig.driver = GuestDriver::new(QUEUE_SIZE).in_any_order();
     let queue = rig.driver.virtqueue(0, rig.interrupts.clone());
     queues.start_queue(queue).unwrap();
     assert_eq!(rig.ask(IN, 0, &[], 512).1, OK);
@@ -514,7 +514,9 @@ fn queues_work_side_by_side() {
     assert_eq!(device.queue_sizes(), [QUEUE_SIZE; 4]);
     assert_eq!(device.features() & feature::MQ, feature::MQ);
     let interrupts = FakeInterrupts::new();
-    let mut drivers: Vec<_> = (0..4).map(|_| GuestDriver::new(QUEUE_SIZE)).collect();
+    let mut drivers: Vec<_> = (0..4)
+        .map(|_| GuestDriver::new(QUEUE_SIZE).in_any_order())
+        .collect();
     let mut activation = drivers[0].activation(common::VERSION_1, interrupts.clone());
     for index in 1..4 {
         let queue = drivers[usize::from(index)].virtqueue(index, interrupts.clone());

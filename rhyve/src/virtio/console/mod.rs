@@ -17,7 +17,7 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -26,7 +26,8 @@ pub use self::port::Port;
 use self::port::PortState;
 use self::saved::Saved;
 use super::{
-    Activation, DeviceError, Inspection, Interrupts, VirtioDevice, Virtqueue, device_id, kicks,
+    Activation, DeviceError, Inspection, Interrupts, QueueReset, VirtioDevice, Virtqueue,
+    device_id, feature as common, kicks,
 };
 use crate::console::{Console, GuestEnd};
 use crate::lifecycle::Lifecycle;
@@ -92,7 +93,7 @@ struct Running {
     control_transmit: Option<Virtqueue>,
     /// For the driver.
     pending: VecDeque<Message>,
-    _kicks: Vec<Source>,
+    kicks: BTreeMap<u16, Source>,
 }
 
 impl VirtioConsole {
@@ -118,6 +119,10 @@ impl VirtioConsole {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn on_kick(&self, queue: &Virtqueue) -> Result<Source, DeviceError> {
+        kicks::on_kick(&self.mevent, "virtio-console", queue, &self.me, Self::serve)
     }
 
     fn first(&self) -> Option<&Arc<Console>> {
@@ -155,6 +160,21 @@ impl Running {
     fn queues(&self) -> impl Iterator<Item = &Virtqueue> {
         let control = self.control_receive.iter().chain(&self.control_transmit);
         control.chain(self.ports.iter().flat_map(PortState::queues))
+    }
+
+    /// Has the queue with this number be that, or none.
+    fn set_queue(&mut self, number: u16, queue: Option<Virtqueue>) {
+        match number {
+            CONTROL_RECEIVE => self.control_receive = queue,
+            CONTROL_TRANSMIT => self.control_transmit = queue,
+            _ => {
+                // Control stands behind the first port's queues.
+                let port = usize::from(number.saturating_sub(CONTROL_RECEIVE) / 2);
+                if let Some(port) = self.ports.get_mut(port) {
+                    port.set_queue(number.is_multiple_of(2), queue);
+                }
+            }
+        }
     }
 
     /// Reads what the driver says.
@@ -290,7 +310,7 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn features(&self) -> u64 {
-        feature::SIZE | feature::MULTIPORT | feature::EMERG_WRITE
+        feature::SIZE | feature::MULTIPORT | feature::EMERG_WRITE | common::IN_ORDER
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -331,10 +351,11 @@ impl VirtioDevice for VirtioConsole {
     fn activate(&self, mut activation: Activation) -> Result<(), DeviceError> {
         let multiport = activation.has(feature::MULTIPORT);
         let mut state = self.lock();
-        let kicks = activation.queues.iter().map(|queue| {
-            kicks::on_kick(&self.mevent, "virtio-console", queue, &self.me, Self::serve)
-        });
-        let kicks = kicks.collect::<Result<Vec<_>, _>>()?;
+        let kicks = activation
+            .queues
+            .iter()
+            .map(|queue| Ok((queue.index(), self.on_kick(queue)?)));
+        let kicks = kicks.collect::<Result<_, DeviceError>>()?;
         let mut ports = Vec::new();
         for number in (0u16..).take(self.ports.len()) {
             // Control stands behind the first port's queues.
@@ -355,7 +376,7 @@ impl VirtioDevice for VirtioConsole {
             control_receive: activation.take(CONTROL_RECEIVE),
             control_transmit: activation.take(CONTROL_TRANSMIT),
             pending,
-            _kicks: kicks,
+            kicks,
         });
         Ok(())
     }
@@ -363,6 +384,10 @@ impl VirtioDevice for VirtioConsole {
     fn reset(&self) {
         // The event thread serves with this lock held.
         self.lock().running = None;
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
     }
 
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
@@ -392,5 +417,24 @@ impl VirtioDevice for VirtioConsole {
                 ("bad requests", count(&self.counters.bad)),
             ],
         }
+    }
+}
+
+impl QueueReset for VirtioConsole {
+    fn stop_queue(&self, index: u16) {
+        // The event thread serves with this lock held.
+        if let Some(running) = &mut self.lock().running {
+            running.kicks.remove(&index);
+            running.set_queue(index, None);
+        }
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        if let Some(running) = &mut self.lock().running {
+            let index = queue.index();
+            running.kicks.insert(index, self.on_kick(&queue)?);
+            running.set_queue(index, Some(queue));
+        }
+        Ok(())
     }
 }

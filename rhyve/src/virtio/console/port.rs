@@ -67,6 +67,16 @@ impl PortState {
         }
     }
 
+    /// Has it use this queue from here on, or none; what the one before held is forgotten.
+    pub fn set_queue(&mut self, receives: bool, queue: Option<Virtqueue>) {
+        if receives {
+            self.receive = queue;
+        } else {
+            (self.stalled, self.taken) = (None, 0);
+            self.transmit = queue;
+        }
+    }
+
     /// Puts a request that waits for room back, as if it had not come yet.
     pub fn unstall(&mut self) {
         if let (Some((_, done)), Some(queue)) = (self.stalled.take(), &mut self.transmit) {

@@ -168,6 +168,65 @@ fn bytes_go_both_ways_and_input_waits_for_a_reader() {
 }
 
 #[test]
+fn single_queues_are_reset_and_come_back() {
+    let (mut rig, _) = Rig::ready();
+    rig.say(Message::new(1, event::PORT_OPEN, 1));
+    // A request that is half out is forgotten with its queue.
+    let text = [b'x'; 10_000];
+    rig.write(5, &text);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while rig.wires[1].send_room() != 0 {
+        assert!(Instant::now() < deadline);
+    }
+    let device = rig.device.clone();
+    let reset = device.queue_reset().unwrap();
+    let stopped = [CONTROL_RECEIVE, CONTROL_TRANSMIT, 4, 5];
+    stopped.iter().for_each(|index| reset.stop_queue(*index));
+    rig.drivers[4].send(&[Buffer::Writable(16)]);
+    rig.wires[1].push_input(b"early");
+    for index in [4, 5] {
+        rig.drivers[index].kick();
+    }
+    rig.wires[1].set_host(true, None);
+    rig.wires[1].notify_guest();
+    let out = rig.drain(1, 1).len();
+    assert!(out < text.len(), "{out}");
+    std::thread::sleep(Duration::from_millis(20));
+    let answers = stopped.map(|index| rig.drivers[usize::from(index)].used());
+    assert_eq!(answers, [None; 4]);
+
+    rig.room.clear();
+    for index in stopped {
+        let (at, memory) = (usize::from(index), rig.drivers[0].memory().clone());
+        let driver = GuestDriver::at(memory, (u64::from(index) + 1) << 19, 16);
+        let queue = driver.virtqueue(index, FakeInterrupts::new());
+        reset.start_queue(queue).unwrap();
+        rig.drivers[at] = driver;
+    }
+    let room = rig.drivers[4].send(&[Buffer::Writable(16)]);
+    rig.drivers[4].kick();
+    assert_eq!(
+        rig.drivers[4].wait_used(),
+        (room.head, 5),
+        "what came meanwhile"
+    );
+    let head = rig.write(5, b"more");
+    assert_eq!(rig.drivers[5].wait_used(), (head, 0));
+    let mut rest = Vec::new();
+    while !rest.ends_with(b"more") {
+        rest.extend(rig.drain(1, 1));
+    }
+    let all = out + rest.len();
+    assert!(all < text.len(), "{all}");
+    rig.buffers(1);
+    let told = rig.hear(1);
+    assert_eq!(told[0], Message::new(1, event::PORT_OPEN, 1).bytes());
+    rig.say(Message::new(1, event::PORT_OPEN, 0));
+    reset.stop_queue(99);
+    rig.device.reset();
+}
+
+#[test]
 fn without_control_there_is_one_open_port() {
     let mut rig = Rig::new(feature::SIZE);
     rig.write(1, b"boot");

@@ -2,6 +2,7 @@
 
 use crate::config::MacAddress;
 use crate::net::{Info, Offloads};
+use crate::virtio::feature as common;
 
 /// Descriptors of a queue for frames; bhyve's.
 pub const QUEUE_SIZE: u16 = 1024;
@@ -58,7 +59,7 @@ pub(super) const LEN: usize = 12;
 /// What a card at such a backend offers.
 pub(super) fn features(info: &Info, pairs: u16, mtu: bool) -> u64 {
     use feature::*;
-    let mut bits = MAC | MRG_RXBUF | STATUS;
+    let mut bits = MAC | MRG_RXBUF | STATUS | common::IN_ORDER;
     bits |= CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA | CTRL_MAC_ADDR;
     if pairs > 1 {
         bits |= MQ;

@@ -17,8 +17,8 @@ use crate::lifecycle::{self, Lifecycle};
 use crate::mevent::{Mevent, Source};
 use crate::net::Backend;
 use crate::virtio::{
-    Activation, DeviceError, Inspection, Interrupts, VirtioDevice, Virtqueue, device_id,
-    feature as common, kicks,
+    Activation, DeviceError, Inspection, Interrupts, QueueReset, VirtioDevice, Virtqueue,
+    device_id, feature as common, kicks,
 };
 
 /// A network card.
@@ -302,8 +302,25 @@ impl VirtioDevice for Net {
         inspect::inspection(&self.shared, self.pairs, self.mtu)
     }
 
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
+    }
+
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         Some(self)
+    }
+}
+
+impl QueueReset for Net {
+    fn stop_queue(&self, index: u16) {
+        let mut running = self.running();
+        // A worker's drop waits for its end.
+        running.workers.retain(|worker| worker.queue != index);
+        running.control.take_if(|(queue, _)| queue.index() == index);
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        self.start(&mut self.running(), queue)
     }
 }
 

@@ -34,6 +34,8 @@ struct Receiving<'m> {
     memory: &'m GuestMemoryMmap,
     /// Buffers the driver has given and not got back, in its order.
     rooms: VecDeque<Room<'m>>,
+    /// One behind them into which nothing can be received: it goes back in its turn.
+    bad: Option<u16>,
     /// Their bytes and pieces.
     bytes: usize,
     pieces: usize,
@@ -50,6 +52,7 @@ pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
         work,
         memory: &memory,
         rooms: VecDeque::new(),
+        bad: None,
         bytes: 0,
         pieces: 0,
         patient: false,
@@ -60,7 +63,7 @@ pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
         receiving.turn(bell);
     }
     let mut queue = receiving.work.queue;
-    queue.give_back(receiving.rooms.len());
+    queue.give_back(receiving.rooms.len() + usize::from(receiving.bad.is_some()));
     queue
 }
 
@@ -118,9 +121,11 @@ impl<'m> Receiving<'m> {
         }
     }
 
-    /// Whether the largest frame fits, or all of a small ring is here.
+    /// Whether the largest frame fits, or all of a small ring is here, or all before one of no use.
     fn has_enough(&self) -> bool {
-        if self.work.mergeable {
+        if self.bad.is_some() {
+            !self.rooms.is_empty()
+        } else if self.work.mergeable {
             let most = MAX_SLICES.min(self.work.queue.size().into());
             self.bytes >= LARGEST || self.pieces >= most
         } else {
@@ -130,15 +135,23 @@ impl<'m> Receiving<'m> {
 
     /// Takes buffers until there are enough; false if there are not.
     fn gather(&mut self) -> bool {
-        while !self.has_enough() {
+        loop {
+            if self.rooms.is_empty()
+                && let Some(head) = self.bad.take()
+            {
+                self.work.shared.counters.bad_requests.fetch_add(1, Relaxed);
+                self.work.queue.add_used(head, 0);
+                self.work.queue.signal();
+            }
+            if self.has_enough() {
+                return true;
+            }
             let Some(chain) = self.work.queue.pop() else {
                 return false;
             };
             let len = chain.writable_len() as usize;
             if len <= self.work.header || !chain.readable().is_empty() {
-                self.work.shared.counters.bad_requests.fetch_add(1, Relaxed);
-                self.work.queue.add_used(chain.head(), 0);
-                self.work.queue.signal();
+                self.bad = Some(chain.head());
                 continue;
             }
             let slices = chain.writer(self.memory).slices(u32::MAX);
@@ -150,7 +163,6 @@ impl<'m> Receiving<'m> {
                 len,
             });
         }
-        true
     }
 
     /// Takes a frame that comes while the link is down: nobody is to find it when it is up again.

@@ -31,6 +31,8 @@ pub(super) struct Work {
 
 /// A running thread; its drop waits for its end, which takes no time.
 pub(super) struct Worker {
+    /// The queue's number.
+    pub queue: u16,
     bell: Arc<Bell>,
     /// Returns its queue with nothing unanswered.
     thread: Option<JoinHandle<Option<Virtqueue>>>,
@@ -68,6 +70,7 @@ impl Worker {
             ran.ok()
         })?;
         Ok(Self {
+            queue,
             bell,
             thread: Some(thread),
         })

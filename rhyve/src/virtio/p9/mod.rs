@@ -27,7 +27,8 @@ use vm_memory::GuestMemoryMmap;
 use self::node::{Descriptors, Node};
 use self::session::{MOST, Session, Share};
 use super::{
-    Activation, Chain, DeviceError, Inspection, VirtioDevice, Virtqueue, device_id, kicks,
+    Activation, Chain, DeviceError, Inspection, QueueReset, VirtioDevice, Virtqueue, device_id,
+    feature, kicks,
 };
 use crate::config::ShareSpec;
 use crate::lifecycle::Lifecycle;
@@ -163,7 +164,7 @@ impl VirtioDevice for P9 {
     }
 
     fn features(&self) -> u64 {
-        MOUNT_TAG
+        MOUNT_TAG | feature::IN_ORDER
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -181,13 +182,9 @@ impl VirtioDevice for P9 {
     }
 
     fn activate(&self, mut activation: Activation) -> Result<(), DeviceError> {
-        let Some(queue) = activation.take(0) else {
-            return Ok(());
-        };
-        let mut state = self.lock();
-        let kick = kicks::on_kick(&self.mevent, "virtio-9p", &queue, &self.me, Self::serve)?;
-        state.running = Some((queue, kick));
-        Ok(())
+        activation
+            .take(0)
+            .map_or(Ok(()), |queue| self.start_queue(queue))
     }
 
     fn reset(&self) {
@@ -195,6 +192,10 @@ impl VirtioDevice for P9 {
         let mut state = self.lock();
         state.running = None;
         state.session.clear();
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
     }
 
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
@@ -226,5 +227,19 @@ impl VirtioDevice for P9 {
                 ("bad requests", count(&self.bad)),
             ],
         }
+    }
+}
+
+impl QueueReset for P9 {
+    fn stop_queue(&self, _: u16) {
+        // The thread serves with this lock held.
+        self.lock().running = None;
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        let mut state = self.lock();
+        let kick = kicks::on_kick(&self.mevent, "virtio-9p", &queue, &self.me, Self::serve)?;
+        state.running = Some((queue, kick));
+        Ok(())
     }
 }

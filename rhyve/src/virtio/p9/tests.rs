@@ -387,6 +387,31 @@ fn the_device_answers_over_its_queue() {
         assert_eq!(driver.wait_used(), (sent.head, 0));
     }
     assert_eq!(device.inspect().counters[3], ("bad requests", 3));
+
+    // Its queue is reset; what the driver has agreed on stays.
+    let reset = device.queue_reset().unwrap();
+    let attach = Answer::default().u32(0).u32(u32::MAX);
+    let attach = attach.string(b"").string(b"").u32(0);
+    let attach = Buffer::Readable(attach.message(kind::ATTACH, 1));
+    driver.send(&[attach, Buffer::Writable(100)]);
+    driver.kick();
+    driver.wait_used();
+    reset.stop_queue(0);
+    driver.send(&[Buffer::Readable(head.clone()), Buffer::Writable(100)]);
+    driver.kick();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(driver.used(), None);
+    let mut driver = GuestDriver::new(8);
+    let walk = Answer::default()
+        .u32(0)
+        .u32(1)
+        .u16(0)
+        .message(kind::WALK, 2);
+    let sent = driver.send(&[Buffer::Readable(walk), Buffer::Writable(100)]);
+    let queue = driver.virtqueue(0, FakeInterrupts::new());
+    reset.start_queue(queue).unwrap();
+    assert_eq!(driver.wait_used(), (sent.head, 9));
+    assert_eq!(driver.received(&sent)[4], kind::WALK + 1);
     device.reset();
     assert!(P9::new(&ShareSpec::parse("a=/nowhere").unwrap()).is_err());
 }

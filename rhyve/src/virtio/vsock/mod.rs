@@ -32,7 +32,8 @@ pub use self::host::SocketFile;
 use self::host::{Greeting, Heard, Listener};
 use self::packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, Ports, STREAM, op};
 use super::{
-    Activation, Chain, DeviceError, Inspection, Reader, VirtioDevice, Virtqueue, device_id, kicks,
+    Activation, Chain, DeviceError, Inspection, QueueReset, Reader, VirtioDevice, Virtqueue,
+    device_id, feature, kicks,
 };
 use crate::config::VsockSpec;
 use crate::lifecycle::Lifecycle;
@@ -40,6 +41,10 @@ use crate::mevent::{Mevent, Ready, Source};
 
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;
+/// The queues.
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+const EVENTS: u16 = 2;
 /// Connections at a time.
 const MOST_CONNECTIONS: usize = 1023;
 /// Programs that have connected and not said what they want.
@@ -93,7 +98,7 @@ struct Running {
     moved: bool,
     frozen: bool,
     accept: Source,
-    _kicks: Vec<Source>,
+    kicks: BTreeMap<u16, Source>,
 }
 
 impl Vsock {
@@ -166,6 +171,10 @@ impl Vsock {
         running.connections.values().for_each(|c| c.wait(room));
     }
 
+    fn on_kick(&self, queue: &Virtqueue) -> Result<Source, DeviceError> {
+        kicks::on_kick(&self.mevent, "virtio-vsock", queue, &self.me, Self::serve)
+    }
+
     fn connection(&self, ports: Ports, stream: UnixStream, phase: Phase) -> io::Result<Connection> {
         let source = self.source(&stream, Ready::empty(), move |me, running, ready| {
             running.ready(me, ports, ready);
@@ -176,6 +185,15 @@ impl Vsock {
 }
 
 impl Running {
+    /// Has the queue with this number be that, or none.
+    fn set_queue(&mut self, number: u16, queue: Option<Virtqueue>) {
+        match number {
+            RECEIVE => (self.receive, self.spare) = (queue, None),
+            TRANSMIT => self.transmit = queue,
+            _ => self.events = queue,
+        }
+    }
+
     fn has_room(&self) -> bool {
         self.spare.is_some() || self.receive.as_ref().is_some_and(Virtqueue::has_requests)
     }
@@ -564,7 +582,7 @@ impl VirtioDevice for Vsock {
 
     fn features(&self) -> u64 {
         // VIRTIO_VSOCK_F_STREAM (5.10.3).
-        1 << 0
+        1 << 0 | feature::IN_ORDER
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -592,24 +610,24 @@ impl VirtioDevice for Vsock {
         let kicks = activation
             .queues
             .iter()
-            .map(|queue| kicks::on_kick(&self.mevent, "virtio-vsock", queue, &self.me, Self::serve))
-            .collect::<Result<_, _>>()?;
+            .map(|queue| Ok((queue.index(), self.on_kick(queue)?)))
+            .collect::<Result<_, DeviceError>>()?;
         let listener = self.listener.duplicate().map_err(error)?;
         let accept = self.source(&listener, Ready::READ, |me, running, _| running.accept(me));
         *running = Some(Running {
-            receive: activation.take(0),
-            transmit: activation.take(1),
+            receive: activation.take(RECEIVE),
+            transmit: activation.take(TRANSMIT),
             connections: HashMap::new(),
             greetings: BTreeMap::new(),
             next_greeting: 0,
             next_port: FIRST_PORT,
             pending: VecDeque::new(),
             spare: None,
-            events: activation.take(2),
+            events: activation.take(EVENTS),
             moved: self.moved.swap(false, Relaxed),
             frozen: false,
             accept: accept.map_err(error)?,
-            _kicks: kicks,
+            kicks,
         });
         Ok(())
     }
@@ -617,6 +635,10 @@ impl VirtioDevice for Vsock {
     fn reset(&self) {
         // The event thread works with this lock held.
         *self.lock() = None;
+    }
+
+    fn queue_reset(&self) -> Option<&dyn QueueReset> {
+        Some(self)
     }
 
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
@@ -659,5 +681,24 @@ impl VirtioDevice for Vsock {
                 ("bad packets", count(bad)),
             ],
         }
+    }
+}
+
+impl QueueReset for Vsock {
+    fn stop_queue(&self, index: u16) {
+        // The event thread works with this lock held.
+        if let Some(running) = self.lock().as_mut() {
+            running.kicks.remove(&index);
+            running.set_queue(index, None);
+        }
+    }
+
+    fn start_queue(&self, queue: Virtqueue) -> Result<(), DeviceError> {
+        if let Some(running) = self.lock().as_mut() {
+            let index = queue.index();
+            running.kicks.insert(index, self.on_kick(&queue)?);
+            running.set_queue(index, Some(queue));
+        }
+        Ok(())
     }
 }

@@ -180,6 +180,38 @@ fn a_program_of_the_host_talks_with_the_guest_until_both_are_done() {
 }
 
 #[test]
+fn a_connection_outlives_resets_of_single_queues() {
+    let mut rig = Rig::new();
+    let (mut stream, ports) = rig.connected();
+    let device = rig.device.clone();
+    let reset = device.queue_reset().unwrap();
+    let all = [RECEIVE, TRANSMIT, EVENTS];
+    all.iter().for_each(|index| reset.stop_queue(*index));
+    stream.write_all(b"meanwhile").unwrap();
+    rig.transmit.send(&[Buffer::Readable(vec![0; 44])]);
+    rig.transmit.kick();
+    rig.receive.kick();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!((rig.receive.used(), rig.transmit.used()), (None, None));
+
+    let memory = rig.receive.memory().clone();
+    rig.receive = GuestDriver::at(memory.clone(), 0x1_0000, 64);
+    rig.transmit = GuestDriver::at(memory, 1 << 20, 64);
+    rig.room.clear();
+    for (index, driver) in [(RECEIVE, &rig.receive), (TRANSMIT, &rig.transmit)] {
+        let queue = driver.virtqueue(index, FakeInterrupts::new());
+        reset.start_queue(queue).unwrap();
+    }
+    rig.give(4);
+    assert_eq!(rig.hear().1, b"meanwhile");
+    rig.say(op::RW, ports, |_| {}, b"afterwards");
+    let mut text = [0; 10];
+    stream.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"afterwards");
+    rig.device.reset();
+}
+
+#[test]
 fn another_process_tells_the_guest_that_its_connections_are_no_more() {
     let mut rig = Rig::new();
     let (_stream, ports) = rig.connected();
