@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use vmm_api::exit::ExitKind;
-use vmm_api::kvm::Counters;
+use vmm_api::kvm::{Counters, KvmVcpu};
+use vmm_api::stats;
 
 use super::Mailbox;
 
@@ -46,6 +47,21 @@ struct Streak {
     /// Busy without an exit for this long.
     busy: Duration,
     dark: u32,
+}
+
+/// Whether a busy vCPU with these RFLAGS is out of reach, by the interrupts that it ever took.
+///
+/// One that was started by another and never took any waits to be launched: FreeBSD's do so with
+/// interrupts off and a processor to themselves, until the first one has found all devices.
+fn unreachable(index: u32, rflags: u64, taken: impl FnOnce() -> Option<u64>) -> bool {
+    rflags & INTERRUPT_FLAG == 0 && (index == 0 || taken() != Some(0))
+}
+
+/// Interrupts that KVM has injected into a vCPU, if it counts them.
+fn interrupts(kvm: &KvmVcpu) -> Option<u64> {
+    let stats = stats::read(&kvm.stats_file().ok()?).ok()?;
+    let stat = stats.iter().find(|stat| stat.name == "irq_injections")?;
+    stat.value()
 }
 
 /// Looks at a machine's vCPUs now and then.
@@ -84,8 +100,11 @@ impl StallWatch {
             if streak.busy < LONG {
                 continue;
             }
-            let flags = vcpu.mailbox.ask(|kvm| kvm.registers().map(|r| r.rflags));
-            let dark = matches!(flags, Some(Ok(flags)) if flags & INTERRUPT_FLAG == 0);
+            let dark = vcpu.mailbox.ask(move |kvm| {
+                let flags = kvm.registers().map(|r| r.rflags);
+                flags.is_ok_and(|flags| unreachable(index, flags, || interrupts(kvm)))
+            });
+            let dark = dark.unwrap_or(false);
             streak.dark = if dark { streak.dark + 1 } else { 0 };
             if streak.dark >= LOOKS {
                 return Some(Stall::Dark(index));
@@ -93,5 +112,21 @@ impl StallWatch {
             found = Some(Stall::Busy);
         }
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_that_waits_to_be_launched_is_not_stuck() {
+        let reach = |index, rflags, taken| unreachable(index, rflags, || taken);
+        assert!(!reach(1, 2, Some(0)));
+        assert!(reach(1, 2, Some(7)));
+        assert!(reach(1, 2, None));
+        assert!(!reach(1, 2 | INTERRUPT_FLAG, Some(7)));
+        // Who starts a machine is launched.
+        assert!(reach(0, 2, Some(0)));
     }
 }
