@@ -13,9 +13,9 @@ use object::read::elf::{Dyn, FileHeader};
 use object::{Endianness, elf};
 
 use crate::cpio::Archive;
-use crate::debian::{self, Debian};
-use crate::ext4;
+use crate::debian::{self, Debian, Package};
 use crate::file::{FileError, at};
+use crate::{Role, ext4};
 
 /// Why the disk could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -54,16 +54,23 @@ const PROGRAMS: [&str; 5] = [
     "usr/bin/iperf3",
 ];
 
+/// Those of them that talk with a guest from this machine, and what they are called here.
+pub const PEERS: [(&str, Role); 2] = [
+    ("usr/bin/dbclient", Role::Ssh),
+    ("usr/bin/iperf3", Role::Iperf3),
+];
+
 /// Where Debian's programs look for their dynamic linker, and this for their libraries.
 const LINKER: &str = "ld-linux-x86-64.so.2";
 const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 
-/// Makes the disk at `path`, with `base` (busybox and its names) in it. Returns what it was made of.
+/// Makes the disk at `path`, with `base` (busybox and its names) in it. Returns the packages it was
+/// made of, which stay unpacked.
 ///
 /// # Errors
 ///
 /// See [`Error`].
-pub fn make(path: &Path, base: &Archive, debian: &mut Debian) -> Result<String, Error> {
+pub fn make(path: &Path, base: &Archive, debian: &mut Debian) -> Result<Package, Error> {
     let system = debian.system(&PACKAGES)?;
     let mut tree = base.clone();
     let libraries = libraries(&system.tree)?;
@@ -101,7 +108,21 @@ pub fn make(path: &Path, base: &Archive, debian: &mut Debian) -> Result<String, 
     }
     files(&mut tree);
     ext4::write(&tree, path, SIZE)?;
-    Ok(format!("{} {}", system.name, system.version))
+    Ok(system)
+}
+
+/// A shell script that runs a program of `system` on this machine, with the libraries it has there:
+/// this machine may have others, or none.
+pub fn peer(system: &Package, program: &str) -> String {
+    let tree = system.tree.to_string_lossy().replace('\'', r"'\''");
+    let [lib, usr] = LIBRARIES;
+    format!(
+        "#!/bin/sh\n\
+         # {} {}\n\
+         T='{tree}'\n\
+         exec \"$T/{lib}/{LINKER}\" --library-path \"$T/{lib}:$T/{usr}\" \"$T/{program}\" \"$@\"\n",
+        system.name, system.version
+    )
 }
 
 /// What makes programs a system.

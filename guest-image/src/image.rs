@@ -42,6 +42,10 @@ pub enum Role {
     Disk,
     /// An image over the disk's.
     Layer,
+    /// An ssh client, for guests with a disk: dropbear's.
+    Ssh,
+    /// The iperf3 that such guests have, for this machine.
+    Iperf3,
     /// What the loader is told.
     Config,
     /// A QEMU that can run the image.
@@ -65,6 +69,8 @@ impl Role {
             Role::Module => "module",
             Role::Disk => "disk",
             Role::Layer => "layer",
+            Role::Ssh => "ssh",
+            Role::Iperf3 => "iperf3",
             Role::Config => "config",
             Role::Qemu => "qemu",
             Role::Makefs => "makefs",

@@ -122,6 +122,8 @@ pub const LANE: Recipe = Recipe {
         "kvm-amd",
         "tun",
         "bridge",
+        // What QEMU is at its best with, where the two are compared.
+        "vhost_net",
     ],
     init: include_str!("linux/lane-init.sh"),
     qemu: true,
@@ -191,13 +193,17 @@ pub fn make(recipe: &Recipe, root: Root, out: &Path, cache: &Path) -> Result<Ima
     base(&mut archive, &busybox)?;
     if root != Root::None {
         let path = out.join("disk.img");
-        let made_of = disk::make(&path, &archive, &mut debian)?;
-        source += &format!(", {made_of}");
+        let system = disk::make(&path, &archive, &mut debian)?;
+        source += &format!(", {} {}", system.name, system.version);
         files.push(Artifact {
             role: Role::Disk,
             bytes: fs::metadata(&path).map_err(at(&path))?.len(),
             path,
         });
+        for (program, role) in disk::PEERS {
+            let text = disk::peer(&system, program);
+            files.push(script(out, role.name(), role, &text)?);
+        }
     }
     if root == Root::Layered {
         let path = out.join("disk.qcow2");
@@ -287,7 +293,12 @@ fn qemu(debian: &mut Debian, out: &Path) -> Result<Artifact, Error> {
             )
         }
     };
-    let artifact = write(out, "qemu-system-x86_64", Role::Qemu, wrapper.as_bytes())?;
+    script(out, "qemu-system-x86_64", Role::Qemu, &wrapper)
+}
+
+/// Writes a shell script that can be run.
+fn script(out: &Path, name: &str, role: Role, text: &str) -> Result<Artifact, Error> {
+    let artifact = write(out, name, role, text.as_bytes())?;
     fs::set_permissions(&artifact.path, fs::Permissions::from_mode(0o755))
         .map_err(at(&artifact.path))?;
     Ok(artifact)

@@ -25,7 +25,7 @@ fn output(command: &mut Command) -> Output {
 }
 
 /// A copy of the disk that guest-image makes, for one guest.
-fn disk(place: &Place) -> PathBuf {
+pub fn disk(place: &Place) -> PathBuf {
     let path = place.path("disk.img");
     let mut cp = Command::new("cp");
     cp.arg("--sparse=always").arg(image("linux/disk.img"));

@@ -50,7 +50,7 @@ pub struct Place {
 }
 
 /// A user that may do nothing.
-const NOBODY: u32 = 65534;
+pub const NOBODY: u32 = 65534;
 
 impl Place {
     pub fn new() -> Self {
@@ -68,14 +68,17 @@ impl Place {
         }
     }
 
-    /// Has its programs run as a user without privileges, but for the use of KVM. That takes root,
-    /// and a /dev that is the test's alone.
+    /// Has its programs run as a user without privileges, but for the use of KVM and of interfaces
+    /// that are its own. That takes root, and a /dev that is the test's alone.
     #[allow(dead_code, reason = "only one of the test programs can")]
     pub fn of_nobody(mut self) -> Self {
         self.user = NOBODY;
         std::os::unix::fs::chown(self.directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
-        let everybody = std::fs::Permissions::from_mode(0o666);
-        std::fs::set_permissions("/dev/kvm", everybody).unwrap();
+        // As udev has them.
+        for device in ["/dev/kvm", "/dev/net/tun"] {
+            let everybody = std::fs::Permissions::from_mode(0o666);
+            std::fs::set_permissions(device, everybody).unwrap();
+        }
         self
     }
 
