@@ -116,6 +116,14 @@ pub struct Cli {
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
 
+    /// bhyveload's, for the monitor that kept its memory: here that is rhyve.
+    #[arg(short = 'C', hide = true)]
+    core: bool,
+
+    /// bhyveload's: another loader to run.
+    #[arg(short = 'l', value_name = "OS-LOADER", hide = true)]
+    os_loader: Option<PathBuf>,
+
     /// Print help (see a summary with -?)
     #[arg(long, action = ArgAction::HelpLong)]
     help: Option<bool>,
@@ -156,6 +164,7 @@ impl Cli {
     ///
     /// Options that do not go together, as clap says it.
     pub fn job(self) -> Result<Job, clap::Error> {
+        self.check_bhyveload()?;
         let via = match (&self.kernel, self.boot) {
             (Some(_), _) | (None, Boot::Auto | Boot::Freebsd) => Via::LongMode,
             (None, Boot::Pvh) => Via::Pvh,
@@ -193,6 +202,22 @@ impl Cli {
                 }),
             },
         })
+    }
+}
+
+impl Cli {
+    /// Refuses what bhyveload takes and nothing here would heed.
+    fn check_bhyveload(&self) -> Result<(), clap::Error> {
+        let text = match self {
+            Self { core: true, .. } => {
+                "-C is rhyve's here, whose core files it is about: rhyve -C VM"
+            }
+            Self {
+                os_loader: Some(_), ..
+            } => "-l is not supported: rhyveload is the loader itself, and runs no userboot.so",
+            _ => return Ok(()),
+        };
+        Err(Self::command().error(ErrorKind::InvalidValue, text))
     }
 }
 

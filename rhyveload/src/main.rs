@@ -4,17 +4,28 @@ use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use rhyveload::cli::{Cli, On, lines};
 use rhyveload::freebsd::console::Console;
 use rhyveload::load::load;
 use rhyveload::progress::Progress;
 use rhyveload::pty::Pty;
 use rhyveload::terminal::{Tty, use_device};
+use vmm_api::cli::{Parsed, parse};
 use vmm_api::root::Root;
 
+/// Exit status for a wrong command line.
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let cli = match parse(std::env::args_os()) {
+        Ok(Parsed::Run(cli)) => cli,
+        Ok(Parsed::Done) => return ExitCode::SUCCESS,
+        Err(error) => {
+            error.print("rhyveload");
+            return USAGE.into();
+        }
+    };
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("rhyveload: {}", chain(error.as_ref()));

@@ -9,11 +9,12 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 
 use clap::builder::PossibleValue;
-use clap::{Arg, Command, CommandFactory, Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Command, CommandFactory, Parser, ValueEnum};
 use clap_complete::Shell;
 
-/// Name of the hidden option.
-const GENERATE: &str = "generate";
+/// The hidden option.
+const GENERATE: &str = "--generate";
 
 /// What a command line comes to.
 #[derive(Debug)]
@@ -43,24 +44,23 @@ pub enum UsageError {
 pub fn parse<T: Parser>(
     args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
 ) -> Result<Parsed<T>, UsageError> {
-    let mut command = T::command().arg(
-        Arg::new(GENERATE)
-            .long(GENERATE)
-            .hide(true)
-            .exclusive(true)
-            .value_parser(clap::value_parser!(Generate)),
-    );
-    let parsed = command
-        .try_get_matches_from_mut(args)
-        .and_then(
-            |mut matches| match matches.remove_one::<Generate>(GENERATE) {
-                Some(kind) => Ok(Err(kind)),
-                None => T::from_arg_matches_mut(&mut matches).map(Ok),
-            },
-        );
-    match parsed {
-        Ok(Ok(args)) => Ok(Parsed::Run(args)),
-        Ok(Err(kind)) => shown(kind.write::<T>(&mut io::stdout().lock())),
+    let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+    let mut command = T::command();
+    // Apart, as nothing that the program requires is required for it.
+    if args.get(1).is_some_and(|arg| arg == GENERATE) {
+        let kind = args.get(2).and_then(|kind| kind.to_str());
+        let kind = kind.and_then(|kind| Generate::from_str(kind, false).ok());
+        let Some(kind) = kind.filter(|_| args.len() == 3) else {
+            let text = "--generate takes one of man, bash, zsh and fish, and nothing else";
+            return Err(UsageError::Usage(
+                command.error(ErrorKind::InvalidValue, text),
+            ));
+        };
+        return shown(kind.write::<T>(&mut io::stdout().lock()));
+    }
+    let parsed = command.try_get_matches_from_mut(args);
+    match parsed.and_then(|mut matches| T::from_arg_matches_mut(&mut matches)) {
+        Ok(args) => Ok(Parsed::Run(args)),
         Err(error) if error.use_stderr() => Err(UsageError::Usage(error.format(&mut command))),
         Err(help) => shown(help.print()),
     }
@@ -125,8 +125,12 @@ impl Generate {
                 .render(&mut { out }),
             Self::Completions(shell) => {
                 let name = command.get_name().to_owned();
-                // What the help describes as a group is completed one by one.
-                command = command.mut_args(|arg| arg.hide(false));
+                // What the help describes as a group is completed one by one; a hidden letter is
+                // there to be refused.
+                command = command.mut_args(|arg| match arg.get_long() {
+                    Some(_) => arg.hide(false),
+                    None => arg,
+                });
                 // Into memory first: clap_complete panics when its writer fails.
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut command, name, &mut text);

@@ -42,7 +42,7 @@ enum Step {
     Format,
     /// clippy, warnings denied
     Lint,
-    /// rustdoc, warnings denied, and the examples in it
+    /// rustdoc, warnings denied, the examples in it, and the manual pages
     Doc,
     /// Unit and property tests, and integration tests that need no KVM
     Unit,
@@ -150,7 +150,10 @@ impl Run {
                 rustdoc.env("RUSTDOCFLAGS", "-D warnings");
                 self.check("cargo doc", rustdoc)?;
                 let examples = cargo(["test", "--quiet", "--workspace", "--doc"]);
-                self.check("examples in the documentation", examples)
+                self.check("examples in the documentation", examples)?;
+                let mut man = Command::new(&self.xtask);
+                man.arg("man");
+                self.check("cargo xtask man", man)
             }
             Step::Unit => {
                 self.tools()?;

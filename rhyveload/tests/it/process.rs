@@ -248,9 +248,25 @@ fn usage_is_checked() {
     assert!(refused(&["--boot", "multiboot"]).contains("linux64"));
     assert!(refused(&["--quiet", "--json"]).contains("cannot be used with"));
     assert!(refused(&["bad/name"]).contains("only A-Z"));
+    assert!(refused(&["-C"]).contains("rhyve -C"));
+    assert!(refused(&["-l", "userboot.so"]).contains("runs no userboot.so"));
     let text = stderr(&place.load(&["-m", "4G", "-M", "1G"], &kernel));
     assert!(text.contains("lowmem ends at 3 GiB"), "{text}");
     let text = stderr(&place.load(&["-m", "0"], &kernel));
     assert!(text.contains("needs some lowmem"), "{text}");
     assert!(place.is_absent());
+}
+
+#[test]
+fn its_manual_and_completions_are_made_by_itself() {
+    for kind in ["man", "bash", "zsh", "fish"] {
+        let output = Command::new(EXE).args(["--generate", kind]).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{kind}: {output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            text.contains("rhyveload") && text.contains("cmdline"),
+            "{kind}: {text}"
+        );
+    }
 }
