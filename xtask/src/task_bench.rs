@@ -9,14 +9,15 @@ use std::error::Error;
 use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, Subcommand};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::bench::boot::{self, Boots, Parts};
 use crate::bench::control;
 use crate::bench::host::{self, Host};
-use crate::bench::io::{self, Disks};
+use crate::bench::io::{self, Device, Disks};
 use crate::bench::load;
+use crate::bench::net::{self, Networks};
 use crate::bench::sample::Sample;
 use crate::{TaskResult, project, task_guest_image};
 
@@ -36,7 +37,7 @@ enum What {
     /// What the nested lane runs
     #[command(hide = true)]
     InLane(Parts),
-    /// The same for disks
+    /// The same for disks and networks
     #[command(hide = true)]
     IoInLane(io::Parts),
 }
@@ -74,18 +75,28 @@ struct Control {
     json: bool,
 }
 
-/// Have fio work on a disk under rhyve and under QEMU
+/// Have fio work on a disk, and iperf3 on a network, under rhyve and under QEMU
 #[derive(Debug, Args)]
 struct Io {
+    /// Only one of them
+    #[arg(long, value_enum, value_name = "WHAT")]
+    only: Option<Device>,
     /// Measurements of each kind
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// One second for each of fio's jobs instead of three
+    /// One second for each of fio's and iperf3's jobs instead of three
     #[arg(long)]
     quick: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// What was measured of devices.
+#[derive(Debug, Serialize, Deserialize)]
+struct Devices {
+    disks: Option<Disks>,
+    networks: Option<Networks>,
 }
 
 /// Everything that was measured.
@@ -104,8 +115,13 @@ impl Bench {
             What::Control(control) => control.run(),
             What::Io(io) => io.run(),
             What::IoInLane(parts) => {
-                let disks = io::measure(&parts)?;
-                println!("{}", serde_json::to_string(&disks)?);
+                let disks = (parts.only != Some(Device::Net)).then(|| io::measure(&parts));
+                let networks = (parts.only != Some(Device::Disks)).then(|| net::measure(&parts));
+                let devices = Devices {
+                    disks: disks.transpose()?,
+                    networks: networks.transpose()?,
+                };
+                println!("{}", serde_json::to_string(&devices)?);
                 Ok(ExitCode::SUCCESS)
             }
             What::InLane(parts) => {
@@ -175,7 +191,7 @@ impl Io {
         let seconds = if self.quick { 1 } else { 3 };
         let xtask = env::current_exe()?;
         let mut nested = Command::new(&xtask);
-        let timeout = 600 + self.runs * 40 * (seconds + 2);
+        let timeout = 900 + self.runs * 60 * (seconds + 2);
         nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
         nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);
         nested.args(["--runs", &self.runs.to_string()]);
@@ -185,9 +201,23 @@ impl Io {
         nested.arg("--initrd").arg(linux.path("initrd")?);
         nested.arg("--disk").arg(linux.path("disk")?);
         nested.arg("--qemu").arg(lane.path("qemu")?);
-        let disks: Disks = measured(nested)?;
-        show(&disks, self.json, || {
-            format!("{}\n{}", host::Machine::this(), disks.table())
+        nested.arg("--iperf3").arg(linux.path("iperf3")?);
+        if let Some(device) = self.only {
+            nested.args([
+                "--only",
+                if device == Device::Net {
+                    "net"
+                } else {
+                    "disks"
+                },
+            ]);
+        }
+        let devices: Devices = measured(nested)?;
+        show(&devices, self.json, || {
+            let disks = devices.disks.as_ref().map(Disks::table);
+            let networks = devices.networks.as_ref().map(Networks::table);
+            let tables = disks.into_iter().chain(networks).collect::<String>();
+            format!("{}\n{tables}", host::Machine::this())
         })
     }
 }

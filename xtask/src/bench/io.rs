@@ -1,5 +1,5 @@
 //! Disks side by side, in the nested lane: the same kernel, root and data disk, fio in the guest, one
-//! vCPU, KVM for both.
+//! vCPU, KVM for both. Networks are measured on the same [`Stage`], by [`super::net`].
 //!
 //! Both guests stay up, and measure by turns: what disturbs the machine for a while disturbs both.
 
@@ -11,14 +11,14 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use super::process::{Mapping, Monitor, time};
 use super::sample::Sample;
 
 /// A guest's memory.
-const MEMORY_MIB: u32 = 512;
+pub const MEMORY_MIB: u32 = 512;
 /// Bytes of the disk that is measured.
 const DATA: u64 = 256 << 20;
 
@@ -82,10 +82,10 @@ impl Unit {
 #[derive(Clone, Debug, Args)]
 pub struct Parts {
     #[arg(long)]
-    runs: u32,
-    /// Seconds of each fio job
+    pub runs: u32,
+    /// Seconds of each fio job, and of each of iperf3
     #[arg(long)]
-    seconds: u32,
+    pub seconds: u32,
     /// Directory of rhyveload, rhyve and vmmctl
     #[arg(long)]
     programs: PathBuf,
@@ -97,6 +97,17 @@ pub struct Parts {
     disk: PathBuf,
     #[arg(long)]
     qemu: PathBuf,
+    #[arg(long)]
+    pub iperf3: PathBuf,
+    #[arg(long, value_enum)]
+    pub only: Option<Device>,
+}
+
+/// What is measured if not all is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    Disks,
+    Net,
 }
 
 /// What was measured.
@@ -107,8 +118,6 @@ pub struct Disks {
     qemu: Vec<Sample>,
     /// Exits of the vCPU to user space for a thousand requests, in steady state at depth 32.
     exits_per_thousand: f64,
-    rhyve_mib: f64,
-    qemu_mib: f64,
 }
 
 /// Boots both and measures.
@@ -118,7 +127,13 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
         parts,
         dir: dir.path(),
     };
-    let (mut rhyve, mut qemu) = (stage.rhyve()?, stage.qemu()?);
+    let [slots, drives] = ["rhyve", "qemu"].map(|name| dir.path().join(format!("{name}-data")));
+    for path in [&slots, &drives] {
+        fs::File::create(path)?.set_len(DATA)?;
+    }
+    let slot = format!("3,virtio-blk,{},virtio=modern", slots.display());
+    let mut rhyve = stage.rhyve("ip=off", &slot)?;
+    let mut qemu = stage.qemu("ip=off", "qemu", &Stage::drive(1, &drives))?;
     for guest in [&mut rhyve, &mut qemu] {
         guest.ask("echo there", "there\r\n")?;
         // fio as a file of options; what is printed is short, for a console is slow.
@@ -151,17 +166,11 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
         eprintln!("round {round} of {} is done", parts.runs);
     }
     let exits_per_thousand = stage.exits(&mut rhyve)?;
-    let rhyve_mib = rhyve.resident_mib(|mapping| mapping.path.ends_with("/mem"))?;
-    let qemu_mib = qemu.resident_mib(|mapping: &Mapping<'_>| {
-        mapping.path.is_empty() && mapping.size_kib >= MEMORY_MIB * 1024
-    })?;
     let [rhyve, qemu] = samples.map(|all| all.into_iter().map(Sample::from).collect());
     Ok(Disks {
         rhyve,
         qemu,
         exits_per_thousand,
-        rhyve_mib,
-        qemu_mib,
     })
 }
 
@@ -192,74 +201,83 @@ fn fio(guest: &mut Monitor) -> Result<Vec<f64>, Box<dyn Error>> {
     Ok(values)
 }
 
-struct Stage<'a> {
-    parts: &'a Parts,
+/// Where guests are booted that differ in little.
+pub struct Stage<'a> {
+    pub parts: &'a Parts,
     /// On tmpfs.
-    dir: &'a Path,
+    pub dir: &'a Path,
 }
 
 impl Stage<'_> {
-    fn program(&self, name: &str) -> Command {
+    pub fn program(&self, name: &str) -> Command {
         let mut command = Command::new(self.parts.programs.join(name));
         command.env("RHYVE_ROOT", self.dir.join("vms"));
         command
     }
 
-    fn cmdline() -> &'static str {
-        "console=ttyS0 quiet root=/dev/vda ip=off"
+    fn cmdline(more: &str) -> String {
+        format!("console=ttyS0 quiet root=/dev/vda {more}")
     }
 
-    /// A root and a data disk of a monitor's own.
-    fn disks(&self, name: &str) -> Result<[PathBuf; 2], Box<dyn Error>> {
-        let [root, data] = ["root", "data"].map(|kind| self.dir.join(format!("{name}-{kind}")));
+    /// A root disk of a guest's own.
+    fn root(&self, name: &str) -> Result<PathBuf, Box<dyn Error>> {
+        let root = self.dir.join(format!("{name}-root"));
         let mut cp = Command::new("cp");
         time(cp.arg("--sparse=always").arg(&self.parts.disk).arg(&root))?;
-        fs::File::create(&data)?.set_len(DATA)?;
-        Ok([root, data])
+        Ok(root)
     }
 
-    fn rhyve(&self) -> Result<Monitor, Box<dyn Error>> {
-        let [root, data] = self.disks("rhyve")?;
+    /// A guest of rhyve's with one more device than its root.
+    pub fn rhyve(&self, cmdline: &str, slot: &str) -> Result<Monitor, Box<dyn Error>> {
+        let root = self.root("rhyve")?;
         let mut load = self.program("rhyveload");
-        load.args([
-            "-m",
-            &format!("{MEMORY_MIB}M"),
-            "--cmdline",
-            Self::cmdline(),
-        ]);
+        load.args(["-m", &format!("{MEMORY_MIB}M")]);
+        load.arg("--cmdline").arg(Self::cmdline(cmdline));
         load.arg("--kernel").arg(&self.parts.kernel);
         load.arg("--initrd").arg(&self.parts.initrd).arg("bench");
         time(&mut load)?;
         let mut run = self.program("rhyve");
-        for (slot, path) in [(2, &root), (3, &data)] {
-            let device = format!("{slot},virtio-blk,{},virtio=modern", path.display());
-            run.args(["-s", &device]);
-        }
+        let disk = format!("2,virtio-blk,{},virtio=modern", root.display());
+        run.args(["-s", &disk, "-s", slot]);
         run.args(["-l", "com1,stdio", "bench"]);
         log_in(run)
     }
 
-    /// QEMU at its best: its own thread for each disk, io_uring, no legacy registers.
-    fn qemu(&self) -> Result<Monitor, Box<dyn Error>> {
-        let disks = self.disks("qemu")?;
+    /// One of QEMU's, with `more` options for one more device. `name` is for its files.
+    pub fn qemu(
+        &self,
+        cmdline: &str,
+        name: &str,
+        more: &[String],
+    ) -> Result<Monitor, Box<dyn Error>> {
+        let root = self.root(name)?;
         let mut run = Command::new(&self.parts.qemu);
         run.args(["-machine", "q35", "-accel", "kvm", "-cpu", "host"]);
         run.args(["-smp", "1", "-m", &format!("{MEMORY_MIB}M")]);
         run.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        run.args(["-serial", "stdio", "-append", Self::cmdline()]);
+        run.args(["-serial", "stdio", "-append", &Self::cmdline(cmdline)]);
         run.arg("-kernel").arg(&self.parts.kernel);
         run.arg("-initrd").arg(&self.parts.initrd);
-        for (number, path) in disks.iter().enumerate() {
-            let drive = format!(
-                "file={},if=none,id=d{number},format=raw,cache=writeback,aio=io_uring",
-                path.display()
-            );
-            let device =
-                format!("virtio-blk-pci,drive=d{number},iothread=t{number},disable-legacy=on");
-            run.args(["-object", &format!("iothread,id=t{number}")]);
-            run.args(["-drive", &drive, "-device", &device]);
-        }
+        run.args(Self::drive(0, &root)).args(more);
         log_in(run)
+    }
+
+    /// QEMU's best disk: its own thread for each, io_uring, no legacy registers.
+    fn drive(number: u32, path: &Path) -> [String; 6] {
+        let drive = format!(
+            "file={},if=none,id=d{number},format=raw,cache=writeback,aio=io_uring",
+            path.display()
+        );
+        let device = format!("virtio-blk-pci,drive=d{number},iothread=t{number},disable-legacy=on");
+        let thread = format!("iothread,id=t{number}");
+        [
+            "-object".to_owned(),
+            thread,
+            "-drive".to_owned(),
+            drive,
+            "-device".to_owned(),
+            device,
+        ]
     }
 
     /// Exits to user space for a thousand requests while nothing but the disk is at work.
@@ -280,8 +298,8 @@ impl Stage<'_> {
         Ok((after.0 - before.0) * 1000.0 / requests)
     }
 
-    /// Exits of the vCPU to user space, and requests its disks have answered.
-    fn counts(&self) -> Result<(f64, f64), Box<dyn Error>> {
+    /// Exits of the vCPU to user space, and requests that its devices have answered.
+    pub fn counts(&self) -> Result<(f64, f64), Box<dyn Error>> {
         let look = |option: &[&str]| -> Result<String, Box<dyn Error>> {
             let mut vmmctl = self.program("vmmctl");
             let output = vmmctl
@@ -303,6 +321,18 @@ impl Stage<'_> {
         });
         Ok((exits.filter_map(last).sum(), requests.sum()))
     }
+}
+
+/// Resident memory of rhyve that is not its guest's.
+pub fn rhyve_mib(rhyve: &Monitor) -> Result<f64, Box<dyn Error>> {
+    rhyve.resident_mib(|mapping| mapping.path.ends_with("/mem"))
+}
+
+/// The same of QEMU.
+pub fn qemu_mib(qemu: &Monitor) -> Result<f64, Box<dyn Error>> {
+    qemu.resident_mib(|mapping: &Mapping<'_>| {
+        mapping.path.is_empty() && mapping.size_kib >= MEMORY_MIB * 1024
+    })
 }
 
 fn log_in(run: Command) -> Result<Monitor, Box<dyn Error>> {
@@ -337,8 +367,8 @@ impl Disks {
             );
         }
         text += &format!(
-            "  exits to rhyve, 1000 requests {:9.2}\n  resident beyond RAM           {:9.2} MiB | {:.2} MiB\n",
-            self.exits_per_thousand, self.rhyve_mib, self.qemu_mib
+            "  exits to rhyve, 1000 requests {:9.2}\n",
+            self.exits_per_thousand
         );
         text + "\n  columns: rhyve's median, least, most | QEMU's; unit; ratio of the medians\n"
     }

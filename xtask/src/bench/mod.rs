@@ -6,5 +6,6 @@ pub mod copy;
 pub mod host;
 pub mod io;
 pub mod load;
+pub mod net;
 pub mod process;
 pub mod sample;

@@ -1,0 +1,308 @@
+//! Networks side by side, in the nested lane: the same kernel and root, one vCPU, KVM for both, and a
+//! tap interface for each guest. QEMU has one guest whose frames it moves itself, as rhyve does, and
+//! one with vhost, whose frames the lane's kernel moves.
+//!
+//! iperf3 and the asker of the request-response row run in the lane, their servers in the guests; all
+//! guests stay up, and measure by turns.
+
+use std::error::Error;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::io::{MEMORY_MIB, Parts, Stage, qemu_mib, rhyve_mib};
+use super::process::{Monitor, time};
+use super::sample::Sample;
+
+/// What is measured: a name for the table, and iperf3's options; none asks and answers instead.
+const JOBS: [(&str, Option<&[&str]>); 5] = [
+    ("iperf3 to the guest, 1 stream", Some(&[])),
+    ("iperf3 to the guest, 4 streams", Some(&["--parallel", "4"])),
+    ("iperf3 from the guest, 1 stream", Some(&["--reverse"])),
+    (
+        "iperf3 from the guest, 4 streams",
+        Some(&["--reverse", "--parallel", "4"]),
+    ),
+    ("a byte there and back", None),
+];
+
+/// The port of a guest's echo.
+const ECHO: u16 = 7;
+/// How long a server may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often a measurement is tried: in a lane of two processors a guest's program dies now and then.
+const TRIES: u32 = 3;
+
+/// What was measured. One sample a job, in the order of the table: MiB a second, or answers a second.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Networks {
+    rhyve: Vec<Sample>,
+    qemu: Vec<Sample>,
+    vhost: Vec<Sample>,
+    /// Exits of the vCPU to user space for a thousand buffers of the card's queues, while a stream
+    /// goes to the guest, and while it comes from there.
+    exits_per_thousand: [f64; 2],
+    /// With one disk and one card.
+    rhyve_mib: f64,
+    qemu_mib: f64,
+}
+
+/// A guest at a tap interface of its own.
+struct Guest {
+    monitor: Monitor,
+    address: String,
+    samples: Vec<Vec<f64>>,
+}
+
+/// Boots all and measures.
+pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    let stage = Stage {
+        parts,
+        dir: dir.path(),
+    };
+    let mut guests = Vec::new();
+    for (number, vhost) in [(0, None), (1, Some("off")), (2, Some("on"))] {
+        let tap = format!("bench{number}");
+        let address = format!("10.9.{number}.2");
+        ip(&["tuntap", "add", &tap, "mode", "tap", "vnet_hdr"])?;
+        ip(&["addr", "add", &format!("10.9.{number}.1/24"), "dev", &tap])?;
+        ip(&["link", "set", &tap, "up"])?;
+        let cmdline = format!("ip={address}/24");
+        let mut monitor = match vhost {
+            None => stage.rhyve(&cmdline, &format!("1,virtio-net,tap:{tap},virtio=modern"))?,
+            Some(vhost) => stage.qemu(&cmdline, &tap, &card(&tap, vhost))?,
+        };
+        let echo = format!("{{ while :; do nc -l -p {ECHO} -e cat; done & }} 2>/dev/null");
+        monitor.ask(&format!("{echo}; echo ser''ves"), "serves\r\n")?;
+        guests.push(Guest {
+            monitor,
+            address,
+            samples: vec![Vec::new(); JOBS.len()],
+        });
+    }
+    for round in 1..=parts.runs {
+        for (job, (name, options)) in JOBS.iter().enumerate() {
+            for guest in &mut guests {
+                let value = tried(name, || guest.job(*options, parts))?;
+                if let Some(samples) = guest.samples.get_mut(job) {
+                    samples.push(value);
+                }
+            }
+        }
+        eprintln!("round {round} of {} is done", parts.runs);
+    }
+    let [mut rhyve, qemu, vhost]: [Guest; 3] = guests.try_into().map_err(|_| "three guests")?;
+    let exits_per_thousand = [
+        rhyve.exits(&stage, &[])?,
+        rhyve.exits(&stage, &["--reverse"])?,
+    ];
+    let (rhyve_mib, qemu_mib) = (rhyve_mib(&rhyve.monitor)?, qemu_mib(&qemu.monitor)?);
+    let [rhyve, qemu, vhost] =
+        [rhyve, qemu, vhost].map(|guest| guest.samples.into_iter().map(Sample::from).collect());
+    Ok(Networks {
+        rhyve,
+        qemu,
+        vhost,
+        exits_per_thousand,
+        rhyve_mib,
+        qemu_mib,
+    })
+}
+
+/// QEMU's card: no legacy registers, no option ROM, a receive queue as long as rhyve's.
+fn card(tap: &str, vhost: &str) -> [String; 4] {
+    [
+        "-netdev".to_owned(),
+        format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost={vhost}"),
+        "-device".to_owned(),
+        "virtio-net-pci,netdev=n0,disable-legacy=on,romfile=,rx_queue_size=1024".to_owned(),
+    ]
+}
+
+fn ip(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
+    time(Command::new("/usr/sbin/ip").args(arguments))?;
+    Ok(())
+}
+
+/// Tries again what fails, and says so.
+fn tried(
+    name: &str,
+    mut what: impl FnMut() -> Result<f64, Box<dyn Error>>,
+) -> Result<f64, Box<dyn Error>> {
+    let mut tries = 1;
+    loop {
+        match what() {
+            Err(error) if tries < TRIES => eprintln!("{name}, once more: {error}"),
+            result => return result,
+        }
+        tries += 1;
+    }
+}
+
+impl Guest {
+    fn job(&mut self, options: Option<&[&str]>, parts: &Parts) -> Result<f64, Box<dyn Error>> {
+        match options {
+            Some(options) => {
+                let mut client = self.iperf3(&parts.iperf3, parts.seconds, options)?;
+                let output = client.output()?;
+                rate(&output.stdout)
+            }
+            None => {
+                let address = SocketAddr::new(self.address.parse()?, ECHO);
+                answers(address, Duration::from_secs(parts.seconds.into()))
+            }
+        }
+    }
+
+    /// Starts a server for one client; the client.
+    fn iperf3(
+        &mut self,
+        program: &Path,
+        seconds: u32,
+        options: &[&str],
+    ) -> Result<Command, Box<dyn Error>> {
+        // One that a client has not come to would be in the way.
+        let serve = "killall iperf3 2>/dev/null; iperf3 --server --one-off --daemon; \
+                     until netstat -ltn | grep -q ':5201 '; do :; done; echo list''ens";
+        self.monitor.ask(serve, "listens\r\n")?;
+        let mut client = Command::new("timeout");
+        // The first second, in which TCP finds its speed, is not counted.
+        client.arg((seconds + 30).to_string()).arg(program);
+        client.args(["--client", &self.address, "--json", "--omit", "1"]);
+        client.args(["--time", &seconds.to_string()]).args(options);
+        Ok(client)
+    }
+
+    /// Exits to user space for a thousand buffers while nothing but a stream is at work.
+    fn exits(&mut self, stage: &Stage<'_>, options: &[&str]) -> Result<f64, Box<dyn Error>> {
+        let mut client = self.iperf3(&stage.parts.iperf3, 6, options)?;
+        let mut client = client.stdout(Stdio::null()).spawn()?;
+        sleep(Duration::from_secs(3));
+        let before = stage.counts()?;
+        sleep(Duration::from_secs(2));
+        let after = stage.counts()?;
+        client.wait()?;
+        let buffers = after.1 - before.1;
+        if buffers < 100.0 {
+            return Err(format!("only {buffers} buffers in two seconds").into());
+        }
+        Ok((after.0 - before.0) * 1000.0 / buffers)
+    }
+}
+
+/// MiB a second that arrived, of what iperf3 prints.
+fn rate(json: &[u8]) -> Result<f64, Box<dyn Error>> {
+    let said: serde_json::Value = serde_json::from_slice(json)?;
+    if let Some(error) = said["error"].as_str() {
+        return Err(format!("iperf3: {error}").into());
+    }
+    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
+    let bits = bits.filter(|bits| *bits > 0.0);
+    Ok(bits.ok_or("iperf3 received nothing")? / 8.0 / f64::from(1 << 20))
+}
+
+/// Sends a byte and waits for it to come back, again and again; how often in a second.
+fn answers(address: SocketAddr, how_long: Duration) -> Result<f64, Box<dyn Error>> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut stream = loop {
+        match TcpStream::connect(address) {
+            // The echo of the last client ends and begins anew.
+            Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(100)),
+            result => break result?,
+        }
+    };
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut exchange = || -> std::io::Result<()> {
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0])
+    };
+    for _ in 0..100 {
+        exchange()?;
+    }
+    let (start, mut count) = (Instant::now(), 0_u32);
+    while start.elapsed() < how_long {
+        exchange()?;
+        count += 1;
+    }
+    Ok(f64::from(count) / start.elapsed().as_secs_f64())
+}
+
+impl Networks {
+    /// The table that is printed.
+    pub fn table(&self) -> String {
+        let mut text = format!(
+            "\nnested lane: {MEMORY_MIB} MiB, one vCPU, a tap interface with an MTU of 1500; QEMU with \
+             vhost-net, and without\n"
+        );
+        for (at, (name, options)) in JOBS.iter().enumerate() {
+            let [Some(rhyve), Some(vhost), Some(qemu)] =
+                [&self.rhyve, &self.vhost, &self.qemu].map(|samples| samples.get(at))
+            else {
+                continue;
+            };
+            let show = |sample: &Sample| {
+                format!("{:7.0}{:7.0}{:7.0}", sample.median, sample.min, sample.max)
+            };
+            let unit = if options.is_some() { "MiB/s" } else { "1/s" };
+            text += &format!(
+                "  {name:<33}{} |{} |{} {unit:<6}{:6.2}{:6.2}\n",
+                show(rhyve),
+                show(vhost),
+                show(qemu),
+                rhyve.median / vhost.median,
+                rhyve.median / qemu.median
+            );
+        }
+        let [to, from] = self.exits_per_thousand;
+        text += &format!(
+            "  exits to rhyve, 1000 buffers     {to:7.2} to the guest, {from:.2} from it\n  \
+             resident beyond RAM, disk and net{:7.2} MiB | QEMU without vhost: {:.2} MiB\n",
+            self.rhyve_mib, self.qemu_mib
+        );
+        text + "\n  columns: rhyve's median, least, most | QEMU's with vhost | QEMU's without; unit; \
+                ratios of rhyve's median to theirs\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn iperf3s_rate_is_what_arrived() {
+        let json = br#"{"end": {"sum_received": {"bits_per_second": 8388608.0}}}"#;
+        assert_eq!(rate(json).unwrap(), 1.0);
+        let error = rate(br#"{"error": "unable to connect"}"#).unwrap_err();
+        assert_eq!(error.to_string(), "iperf3: unable to connect");
+        assert!(rate(br#"{"end": {}}"#).is_err());
+        assert!(rate(b"").is_err());
+    }
+
+    #[test]
+    fn answers_are_counted() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let echo = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut byte, mut count) = ([0], 0_u64);
+            while stream.read_exact(&mut byte).is_ok() {
+                stream.write_all(&byte).unwrap();
+                count += 1;
+            }
+            count
+        });
+        let rate = answers(address, Duration::from_millis(20)).unwrap();
+        assert!(rate > 0.0);
+        assert!(echo.join().unwrap() > 100);
+    }
+}
