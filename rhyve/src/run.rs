@@ -1,6 +1,7 @@
 //! One machine from its object to its end: open, lock, build, run, capture, store.
 
 use std::ffi::OsString;
+use std::mem::replace;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
@@ -17,6 +18,7 @@ use vmm_api::memory::{GuestRam, MemSize, MemoryLayout};
 use vmm_api::name::VmName;
 use vmm_api::root::Root;
 use vmm_api::state::{Phase, StopReason, VcpuState, VmState};
+use vmm_api::text;
 use vmm_api::vm::{LockedVm, Vm, VmError};
 
 use crate::bootprofile::{BootProfile, ProfileError};
@@ -222,7 +224,12 @@ fn see_through(
         tries: 3,
         ram: ram.clone(),
     };
+    let mut started = false;
     let cause = wait(signals, &machine, &consoles, &mut halt, |machine| {
+        if !replace(&mut started, true) {
+            // Most of it will not run again.
+            text::give_back();
+        }
         stalls.look(vm, state, machine);
     })?;
     if let Some(profiler) = profiler {

@@ -27,6 +27,7 @@ pub mod root;
 pub mod scatter;
 pub mod state;
 pub mod stats;
+pub mod text;
 pub mod topology;
 pub mod uring;
 pub mod vm;
