@@ -5,8 +5,10 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use super::support::{self, Place, Process};
-use super::{ends, image, shell};
+use nix::sys::signal::Signal;
+
+use super::support::{self, Place, Process, until};
+use super::{ends, image, random, shell};
 
 /// Debian's e2fsprogs and qemu-img, wherever they are.
 fn tool(program: &str) -> Command {
@@ -71,16 +73,15 @@ fn write_and_end(guest: &mut Process) -> String {
     let write = format!(
         "head -c {PIECE} /dev/urandom >/dev/shm/r; for i in $(seq {PIECES}); do echo $i; \
          cat /dev/shm/r; done >/root/data; \
-         dd if=/dev/null of=/root/data conv=notrunc,fsync 2>/dev/null && md5sum </dev/shm/r"
+         dd if=/dev/null of=/root/data conv=notrunc,fsync 2>/dev/null && md5sum </dev/shm/r; \
+         echo 3 >/proc/sys/vm/drop_caches; tail -c {PIECE} /root/data | md5sum"
     );
-    let sum = shell(guest, &write);
-    assert_eq!(
-        sum.len(),
-        "d41d8cd98f00b204e9800998ecf8427e  -".len(),
-        "{sum}"
-    );
+    let sums = shell(guest, &write);
+    let (written, read) = sums.split_once('\n').unwrap_or_default();
+    assert_eq!(written.len(), "d41d8cd98f00b204e9800998ecf8427e  -".len());
+    assert_eq!(written, read, "past the cache");
     ends(guest, "poweroff", 1);
-    sum
+    written.to_owned()
 }
 
 /// The MD5 sum of these bytes.
@@ -118,17 +119,38 @@ fn check(image: &Path, sum: &str) {
     assert_eq!(md5(&first), sum);
 }
 
+/// The disk is what it was said to be, and becomes larger.
+fn grows(place: &Place, guest: &mut Process) {
+    let known = "cd /sys/block/vda; cat size serial queue/write_cache";
+    let known = shell(guest, known).replace(char::is_whitespace, " ");
+    assert_eq!(known, "2097152 A-DISKwrite back");
+    let smaller = place.run("vmmctl --vm=guest0 --set-disk=2=32M");
+    assert!(smaller.errors.contains("only grows"), "{smaller:?}");
+    place.ok("vmmctl --vm=guest0 --set-disk=2=1056M");
+    until("the larger disk", || {
+        shell(guest, "cat /sys/block/vda/size") == "2162688"
+    });
+}
+
 fn by_every_interface(cpus: u32) {
     for transport in ["legacy", "modern", "transitional"] {
         let place = Place::new();
         let disk = disk(&place);
         let run = format!(
-            "-c {cpus} -s 2,virtio-blk,{},virtio={transport},queues={cpus}",
+            "-c {cpus} -s 2,virtio-blk,{},virtio={transport},ser=A-DISK,queues={cpus} \
+             -s 3,virtio-rnd,virtio={transport}",
             disk.display()
         );
         let mut guest = boot_root(&place, LOAD, "", &run);
         assert_eq!(shell(&mut guest, "nproc"), cpus.to_string());
+        let interrupts = random::interrupts(&place, &mut guest, "0:3:0", transport);
+        assert!(
+            interrupts.contains("virtio1-input"),
+            "by MSI-X: {interrupts}"
+        );
+        grows(&place, &mut guest);
         let sum = write_and_end(&mut guest);
+        assert_eq!(disk.metadata().unwrap().len(), 1056 << 20);
         check(&disk, &sum);
     }
 }
@@ -171,4 +193,61 @@ fn a_snapshot_of_a_root_leaves_the_image_as_it_was() {
     let mut guest = boot_root(&place, LOAD, "", &run);
     write_and_end(&mut guest);
     output(Command::new("cmp").arg(&disk).arg(image("linux/disk.img")));
+}
+
+/// How often rhyve is killed. The host lane does it 20 times, with a driver that writes sectors.
+const KILLS: usize = 3;
+/// Lines of an entry.
+const LINES: usize = 500;
+
+#[test]
+#[ignore = "nested lane"]
+fn what_fsync_returned_for_is_in_the_file_system_after_kill_9() {
+    let place = Place::new();
+    let (raw, qcow2) = (disk(&place), place.path("disk.qcow2"));
+    guest_image::layer::make(&qcow2, &image("linux/disk.img")).unwrap();
+    for round in 0..KILLS {
+        let (image, options) = [
+            (&raw, "virtio=legacy"),
+            (&qcow2, "virtio=modern"),
+            (&raw, "virtio=modern,aio=io_uring"),
+        ][round % 3];
+        let run = format!("-s 2,virtio-blk,{},{options}", image.display());
+        // From the second time on, a disk that nobody has put in order.
+        let mut guest = boot_root(&place, LOAD, "", &run);
+        let file = format!("/root/log{round}");
+        let append = format!("dd of={file} oflag=append conv=notrunc,fsync 2>/dev/null");
+        guest.console.send(&format!(
+            "n=0; while seq $n $((n+{LINES}-1)) | {append}; do n=$((n+{LINES})); echo stable $n; done"
+        ));
+        let least = (5 + 7 * round % 20) * LINES;
+        guest.console.expect(&format!("stable {least}\r"));
+        guest.signal(Signal::SIGKILL);
+        let ended = guest.wait();
+        assert_eq!(ended.status, Some(128 + 9), "{ended:?}");
+        let stable = ended.output.lines().filter_map(|line| {
+            // The last line may be cut short: then it says too little.
+            line.trim().strip_prefix("stable ")?.parse().ok()
+        });
+        let stable = stable.max().unwrap_or(least).max(least);
+
+        let copy = place.path("copy.img");
+        let mut convert = tool("qemu-img");
+        output(convert.args(["convert", "-O", "raw"]).arg(image).arg(&copy));
+        // The journal is played back; what is wrong otherwise would be an error (status 4).
+        let mut replay = tool("e2fsck");
+        let replayed = replay.arg("-p").arg(&copy).status().unwrap().code();
+        assert!(matches!(replayed, Some(0 | 1)), "{replayed:?}");
+        output(tool("e2fsck").args(["-f", "-n"]).arg(&copy));
+        let mut cat = tool("debugfs");
+        let found = output(cat.args(["-R", &format!("cat {file}")]).arg(&copy)).stdout;
+        let mut wanted = String::new();
+        (0..stable).for_each(|line| wanted += &format!("{line}\n"));
+        assert!(
+            found.starts_with(wanted.as_bytes()),
+            "round {round}: {} bytes of {} at least",
+            found.len(),
+            wanted.len()
+        );
+    }
 }

@@ -99,6 +99,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "rhyve -c cpus=8,sockets=2,cores=2,threads=2 -p 0:3 -p 7:1 -p 7:2 -m 5G guest0",
         "rhyve -m 768 -M 2G -s 0,hostbridge -s 31:0,amd_hostbridge -l com2,unix:/tmp/a guest0",
         "rhyve -AYCSewuHPD -a -l com1,tcp=127.0.0.1:4000 -l com4,file:log guest0",
+        "rhyve -W -s 31,lpc -s 9:2:0,virtio-rnd,rate=4096 -s 255:31:0,amd_hostbridge guest0",
         "rhyve -U 6c7bf6a1-2d60-4ac1-a7a4-2b1f5cbf2a3d -x --era=2012 -p 2 guest0",
         "rhyve --debug-exit=0x501 --trace rhyve::exit=trace -l com3,pty -o cpus=4 guest0",
         "rhyve -o name=guest0 -o memory.size=1G -o memory.wired=true -o x86.strictio=true",
