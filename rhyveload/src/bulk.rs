@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use vmm_api::memory::{GuestRam, MemoryError};
+use vmm_api::memory::{GuestRam, HUGE_PAGE, MemoryError};
 
 use crate::copy::{CopyError, copy};
 use crate::plan::Segment;
@@ -57,6 +57,8 @@ enum Task<'a> {
 struct Piece<'a> {
     gpa: u64,
     len: u64,
+    /// Belongs to something that is worth huge pages, though its own end may fill none.
+    huge: bool,
     task: Task<'a>,
 }
 
@@ -104,7 +106,9 @@ pub fn bring(
         .filter(|(_, job)| job.from.file().is_none())
     {
         for segment in job.segments {
-            ram.prepare(segment.gpa, segment.filesz);
+            if segment.filesz >= HUGE_PAGE {
+                ram.prepare(segment.gpa, segment.filesz);
+            }
             let read = |offset, bytes: &mut [u8]| job.from.read(offset, bytes);
             copy(
                 read,
@@ -133,6 +137,7 @@ fn pieces<'a>(jobs: &[Job<'a>], rooms: &[Room]) -> Vec<Piece<'a>> {
             pieces.extend(cut(segment.gpa, segment.filesz).map(|(gpa, len)| Piece {
                 gpa,
                 len,
+                huge: segment.filesz >= HUGE_PAGE,
                 task: Task::Read {
                     job: number,
                     file,
@@ -145,6 +150,7 @@ fn pieces<'a>(jobs: &[Job<'a>], rooms: &[Room]) -> Vec<Piece<'a>> {
         pieces.extend(cut(room.gpa, room.len).map(|(gpa, len)| Piece {
             gpa,
             len,
+            huge: room.len >= HUGE_PAGE,
             task: Task::Prepare,
         }));
     }
@@ -180,7 +186,7 @@ impl Work<'_> {
             if self.failed.load(Relaxed) {
                 return;
             }
-            let huge = self.ram.prepare(piece.gpa, piece.len);
+            let huge = piece.huge && self.ram.prepare(piece.gpa, piece.len);
             let Task::Read { job, file, offset } = piece.task else {
                 continue;
             };
@@ -235,6 +241,29 @@ mod tests {
             [(15 * MIB, MIB), (16 * MIB, 8 * MIB), (24 * MIB, MIB)]
         );
         assert_eq!(parts(u64::MAX - 1, 9), [(u64::MAX - 1, 1)]);
+    }
+
+    #[test]
+    fn the_end_of_something_large_is_in_huge_pages_too() {
+        let source = file(&[1; 9 * MIB as usize]);
+        let segment = |gpa, filesz| Segment {
+            offset: 0,
+            filesz,
+            memsz: filesz,
+            gpa,
+        };
+        let segments = [segment(16 * MIB, 9 * MIB), segment(32 * MIB, MIB)];
+        let jobs = [Job {
+            from: &source,
+            segments: &segments,
+        }];
+        let room = Room {
+            gpa: 48 * MIB,
+            len: MIB,
+        };
+        let pieces = pieces(&jobs, &[room]);
+        let found: Vec<_> = pieces.iter().map(|p| (p.gpa / MIB, p.huge)).collect();
+        assert_eq!(found, [(16, true), (24, true), (32, false), (48, false)]);
     }
 
     fn memory() -> (GuestRam, MemFile) {

@@ -27,6 +27,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestR
 
 use crate::mapping::{HUGE, Mapping};
 
+/// Bytes of a huge page of x86-64: what one entry of a page directory maps.
+pub const HUGE_PAGE: u64 = HUGE as u64;
+
 mod layout;
 mod look;
 mod private;
@@ -252,12 +255,12 @@ impl GuestRam {
     }
 
     /// Prepares for `len` bytes at `gpa` to be written and run: huge pages are put around them, so
-    /// that neither the writer nor the guest faults at every 4 KiB. Less than one huge page stays
-    /// as it is, and so does everything where there are none to be had. Whether all of it is in huge
-    /// pages now.
+    /// that neither the writer nor the guest faults at every 4 KiB. Where there are none to be had,
+    /// all stays as it is. Whether all of it is in huge pages now.
+    ///
+    /// It is for what is worth it: a part of something of at least [`HUGE_PAGE`] bytes.
     pub fn prepare(&self, gpa: u64, len: u64) -> bool {
-        let worth = len >= HUGE as u64 && self.base.is_none();
-        let (Ok(len), true) = (usize::try_from(len), worth) else {
+        let (Ok(len), true) = (usize::try_from(len), self.base.is_none()) else {
             return false;
         };
         for ((base, size, _), mapping) in self.layout.segments().zip(&*self.mappings) {
