@@ -9,6 +9,7 @@ use kvm_ioctls::Kvm;
 use vmm_api::inspect::CmosState;
 use vmm_api::kvm::{Away, CpuidPolicy, KvmError, KvmVm, VmPolicy};
 use vmm_api::memory::{GuestRam, MemoryError, MemoryLayout};
+use vmm_api::say;
 use vmm_api::state::{Phase, RunInfo, StateError, VmState};
 use vmm_api::topology::Topology;
 
@@ -34,11 +35,11 @@ use crate::mmio::MmioBus;
 use crate::net::NetError;
 use crate::pci::{NoRoom, SlotTaken};
 use crate::saving::{RestoreError, Savers};
-use crate::sequencer::{Ending, ExitPolicy, Mailbox, Vcpu};
+use crate::sequencer::{Ending, ExitPolicy, Mailbox, Vcpu, pinning};
 use crate::suspend::SuspendSink;
+use crate::unix_socket::SocketFile;
 use crate::virtio::DeviceError;
 use crate::virtio::transport::TransportError;
-use crate::virtio::vsock::SocketFile;
 
 mod pci;
 
@@ -107,6 +108,9 @@ pub enum BuildError {
     /// A suspended machine cannot go on.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// A vCPU is to be where this machine has no processor.
+    #[error(transparent)]
+    Pin(#[from] pinning::PinError),
     /// The event thread cannot be started.
     #[error("cannot start the event thread")]
     Event(#[from] std::io::Error),
@@ -220,6 +224,9 @@ pub fn build(
             stats,
         });
         let pin = u16::try_from(index).ok().and_then(|n| spec.pins.get(&n));
+        let pin = pin.or(stored.map(|vcpu| &vcpu.pinning));
+        let pin = pin.cloned().unwrap_or_default();
+        pinning::check(index, &pin)?;
         vcpus.push(Vcpu {
             kvm,
             mailbox,
@@ -231,10 +238,7 @@ pub fn build(
             policy: ExitPolicy {
                 strict_io: spec.strict_io,
             },
-            pin: pin
-                .or(stored.map(|vcpu| &vcpu.pinning))
-                .cloned()
-                .unwrap_or_default(),
+            pin,
         });
     }
     if suspended {
@@ -388,7 +392,7 @@ impl Board<'_> {
     ) -> Result<Attached, BuildError> {
         let attached = attach(&self.mevent, name, backend, console, self.sink())?;
         if let Some(place) = attached.location() {
-            eprintln!("rhyve: {name} is at {place}");
+            say!("rhyve: {name} is at {place}");
         }
         Ok(attached)
     }

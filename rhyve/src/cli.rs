@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use vmm_api::cli::{Parsed, UsageError};
+use vmm_api::say;
 
 use crate::config::{ConfigError, Era, MachineSpec, Problem, SpecBuilder, lpc_help, slot_help};
 
@@ -23,14 +24,14 @@ Examples:
       each vCPU on a host CPU of its own, guest memory locked
 
 Escape sequence:
-  On a terminal (com1,stdio): Enter ~ . stops the VM, Enter ~ ^Z suspends rhyve,
-  Enter ~ ? lists these, Enter ~ ~ sends one ~.
+  On a terminal (com1,stdio): Enter ~ . stops the VM, Enter ~ ^Z suspends
+  rhyve, Enter ~ ? lists these, Enter ~ ~ sends one ~.
   The terminal is set back whatever ends rhyve, but for KILL.
 
 Signals:
-  TERM            presses the guest's power button; a second one stops the VM
+  TERM            presses the guest's power button; a second stops the VM
   INT, HUP, QUIT  stop the VM now, with its last state in its object
-  KILL            leaves an object that can be read, loaded again or destroyed
+  KILL            leaves an object to be read, loaded again or destroyed
 
 Exit status:
   0  the guest rebooted: load and run it again
@@ -232,7 +233,7 @@ impl CliError {
     pub fn print(&self) {
         match self {
             Self::Usage(error) => error.print("rhyve"),
-            Self::Config(error) => eprintln!("rhyve: {error}"),
+            Self::Config(error) => say!("rhyve: {error}"),
         }
     }
 }

@@ -5,6 +5,8 @@
 //! [`run`] sees it through to its end.
 
 #![deny(unsafe_op_in_unsafe_fn)]
+// They panic where nobody reads: see `say!`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
 
@@ -13,6 +15,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use vmm_api::name::VmName;
+use vmm_api::say;
 use vmm_api::state::StopReason;
 
 use crate::cli::Invocation;
@@ -47,6 +50,7 @@ pub mod suspend;
 #[cfg(test)]
 pub mod testing;
 pub mod thread;
+pub mod unix_socket;
 pub mod virtio;
 
 /// An error and its sources on one line: `outer: cause`.
@@ -68,8 +72,13 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
     let (spec, extras) = match cli::parse(args.iter().cloned()) {
         Ok(Invocation::Run(spec, extras)) => (spec, extras),
         Ok(Invocation::Print(text)) => {
-            print!("{text}");
-            return ExitCode::SUCCESS;
+            return match vmm_api::cli::print(&text) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    error.print("rhyve");
+                    ExitCode::from(EXIT_ERROR)
+                }
+            };
         }
         Ok(Invocation::Done) => return ExitCode::SUCCESS,
         Err(error) => {
@@ -78,7 +87,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         }
     };
     if let Err(error) = tracing(extras.trace.as_deref()) {
-        eprintln!("rhyve: --trace: {error}");
+        say!("rhyve: --trace: {error}");
         return ExitCode::from(EXIT_ERROR);
     }
     let name = spec.name.clone();
@@ -88,23 +97,22 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             ExitCode::from(cause.status)
         }
         Err(error) => {
-            eprintln!("rhyve: {}", chain(&error));
+            say!("rhyve: {}", chain(&error));
             ExitCode::from(EXIT_ERROR)
         }
     }
 }
 
-/// Says how the guest ended, unless it was by its own will.
+/// Says how the guest ended, unless it was by its own will and there is no report of it.
 fn tell(name: &VmName, cause: &Cause) {
-    if matches!(cause.reason, StopReason::Reset | StopReason::PowerOff) {
-        return;
-    }
-    match &cause.detail {
-        Some(detail) => eprintln!("rhyve: {name}: {}: {detail}", cause.reason.words()),
-        None => eprintln!("rhyve: {name}: {}", cause.reason.words()),
+    let words = cause.words();
+    match (&cause.written, cause.reason) {
+        (Some(path), _) => say!("rhyve: {name}: {words}; see {}", path.display()),
+        (None, StopReason::Reset | StopReason::PowerOff) => {}
+        (None, _) => say!("rhyve: {name}: {words}"),
     }
     if let Some(report) = &cause.report {
-        eprint!("{report}");
+        say!("{}", report.trim_end());
     }
 }
 
@@ -114,7 +122,9 @@ fn tracing(filter: Option<&str>) -> Result<(), tracing_subscriber::filter::Parse
     let format = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         // Colours are a feature that is not compiled in.
-        .with_ansi(false);
+        .with_ansi(false)
+        // It would be told where nobody listens, by a panic.
+        .log_internal_errors(false);
     tracing_subscriber::registry()
         .with(format.with_filter(filter))
         .init();

@@ -1,9 +1,12 @@
 //! The report that is written by itself when a guest ends badly, or makes no progress: beside its
 //! state in the object, so that it is there when somebody comes to look.
 
+use std::path::PathBuf;
+
 use vmm_api::guest::{Kernel, Report, View};
 use vmm_api::memory::GuestRam;
 use vmm_api::regs::Registers;
+use vmm_api::say;
 use vmm_api::state::{BootInfo, StopReason, VmState};
 use vmm_api::vm::LockedVm;
 
@@ -11,8 +14,8 @@ use crate::machine::Machine;
 use crate::sequencer::Cause;
 
 /// Writes a report of a guest whose last state was captured, if its end calls for one: a triple
-/// fault, an error, a halt that nothing can end, or a reset after its kernel's panic.
-pub fn at_end(vm: &LockedVm, state: &VmState, cause: &Cause, ram: &GuestRam) {
+/// fault, an error, a halt that nothing can end, or a reset after its kernel's panic. Says where.
+pub fn at_end(vm: &LockedVm, state: &VmState, cause: &Cause, ram: &GuestRam) -> Option<PathBuf> {
     let registers: Vec<_> = state.vcpus.iter().map(|v| v.registers.clone()).collect();
     let wanted = match cause.reason {
         StopReason::TripleFault | StopReason::Error => true,
@@ -22,28 +25,30 @@ pub fn at_end(vm: &LockedVm, state: &VmState, cause: &Cause, ram: &GuestRam) {
         }
         _ => false,
     };
-    if wanted {
-        let detail = cause.detail.as_ref().map(|detail| format!(": {detail}"));
-        let why = format!("{}{}", cause.reason.words(), detail.unwrap_or_default());
-        write(vm, state, &registers, &why, ram);
-    }
+    wanted.then(|| write(vm, state, &registers, &cause.words(), ram))?
 }
 
 /// Writes a report of a guest that goes on, but not on its way.
 pub fn of_stall(vm: &LockedVm, state: &VmState, machine: &Machine, why: &str, ram: &GuestRam) {
     let vcpus = 0..machine.vcpu_count();
     let registers = vcpus.map_while(|vcpu| machine.ask(vcpu, |kvm| kvm.registers()).ok()?.ok());
-    write(vm, state, &registers.collect::<Vec<_>>(), why, ram);
+    if let Some(path) = write(vm, state, &registers.collect::<Vec<_>>(), why, ram) {
+        say!("rhyve: {}: {why}; see {}", vm.name(), path.display());
+    }
 }
 
-fn write(vm: &LockedVm, state: &VmState, registers: &[Registers], why: &str, ram: &GuestRam) {
+fn write(
+    vm: &LockedVm,
+    state: &VmState,
+    registers: &[Registers],
+    why: &str,
+    ram: &GuestRam,
+) -> Option<PathBuf> {
     let report = Report::new(ram, registers, None, state.machine.boot.as_ref());
     let text = report.text(&format!("{}: {why}", vm.name()));
-    match vm.write_report(text.as_bytes()) {
-        Ok(path) => eprintln!("rhyve: {}: {why}; see {}", vm.name(), path.display()),
-        // As where the file system is full, which is why the guest has ended then.
-        Err(error) => tracing::info!(target: "rhyve", "no report: {}", crate::chain(&error)),
-    }
+    // As where the file system is full, which is why the guest has ended then.
+    let no_report = |error| tracing::info!(target: "rhyve", "no report: {}", crate::chain(&error));
+    vm.write_report(text.as_bytes()).map_err(no_report).ok()
 }
 
 /// Where a kernel notes that it has panicked.

@@ -25,7 +25,7 @@ use crate::bootprofile::{BootProfile, ProfileError};
 use crate::builder::{BuildError, Built, build};
 use crate::config::MachineSpec;
 use crate::console::Attached;
-use crate::gdb::server::GdbServer;
+use crate::gdb::server::{GdbError, GdbServer};
 use crate::machine::Machine;
 use crate::report::{self, Death};
 use crate::saving::forget;
@@ -83,6 +83,9 @@ pub enum RunError {
     /// The control socket cannot be served.
     #[error("control socket")]
     Control(#[from] vmm_api::control::ServeError),
+    /// The debug server cannot listen.
+    #[error(transparent)]
+    Gdb(#[from] GdbError),
     /// The boot's profile cannot be written.
     #[error(transparent)]
     Profile(#[from] ProfileError),
@@ -125,6 +128,9 @@ pub fn run(
     forget(&mut state);
     state.machine.topology = Some(built.machine.topology);
     vm.reserve(VCPU_TEXT * (1 + u64::from(built.machine.vcpu_count())))?;
+    let gdb = spec.gdb.as_ref().zip(built.vcpus.first());
+    let gdb = gdb.map(|(gdb, vcpu)| GdbServer::start(gdb, &built.machine, vcpu.ram.clone()));
+    let gdb = gdb.transpose()?;
 
     // Memory is the guest's from here on. If this process is killed, what is loaded is gone.
     state.phase = Phase::Stopped {
@@ -134,9 +140,6 @@ pub fn run(
     vm.store(&mut state)?;
     vm.remove_report()?;
     let version = env!("CARGO_PKG_VERSION");
-    let gdb = spec.gdb.as_ref().zip(built.vcpus.first());
-    let gdb = gdb.map(|(gdb, vcpu)| GdbServer::start(gdb, &built.machine, vcpu.ram.clone()));
-    let gdb = gdb.transpose().map_err(system("start the debug server"))?;
     let template = (root, state.clone());
     // The first and only time.
     let _ = built.machine.object.set(template);
@@ -225,7 +228,7 @@ fn see_through(
         ram: ram.clone(),
     };
     let mut started = false;
-    let cause = wait(signals, &machine, &consoles, &mut halt, |machine| {
+    let mut cause = wait(signals, &machine, &consoles, &mut halt, |machine| {
         if !replace(&mut started, true) {
             // Most of it will not run again.
             text::give_back();
@@ -247,7 +250,7 @@ fn see_through(
             capture(&machine, state);
             machine.stop_devices();
             if let Some(ram) = &ram {
-                report::at_end(vm, state, &cause, ram);
+                cause.written = report::at_end(vm, state, &cause, ram);
             }
             state.phase = cause.phase();
         }

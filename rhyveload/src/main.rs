@@ -12,6 +12,7 @@ use rhyveload::pty::Pty;
 use rhyveload::terminal::{Tty, use_device};
 use vmm_api::cli::{Parsed, parse};
 use vmm_api::root::Root;
+use vmm_api::say;
 
 /// Exit status for a wrong command line.
 const USAGE: u8 = 2;
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rhyveload: {}", chain(error.as_ref()));
+            say!("rhyveload: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -53,7 +54,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         On::Pty => {
             let made = Pty::open().map_err(|error| format!("no pseudo-terminal: {error}"))?;
             let made = pty.insert(made);
-            eprintln!("rhyveload: the console is at {}", made.path().display());
+            say!("rhyveload: the console is at {}", made.path().display());
             made.wait();
         }
     }

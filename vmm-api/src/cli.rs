@@ -6,6 +6,7 @@
 //! (2 is a halted guest), so the status of a wrong command line is the caller's.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io::{self, Write};
 
 use clap::builder::PossibleValue;
@@ -15,6 +16,20 @@ use clap_complete::Shell;
 
 /// The hidden option.
 const GENERATE: &str = "--generate";
+
+/// Says a line on standard error, as [`eprintln!`] does. Where nobody hears it, as behind a pipe that
+/// was closed, there is nowhere to say so; and a machine that runs does not end by that.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::cli::say(format_args!($($text)*))
+    };
+}
+
+/// What [`say!`](crate::say) does.
+pub fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
 
 /// What a command line comes to.
 #[derive(Debug)]
@@ -56,21 +71,31 @@ pub fn parse<T: Parser>(
                 command.error(ErrorKind::InvalidValue, text),
             ));
         };
-        return shown(kind.write::<T>(&mut io::stdout().lock()));
+        shown(kind.write::<T>(&mut io::stdout().lock()))?;
+        return Ok(Parsed::Done);
     }
     let parsed = command.try_get_matches_from_mut(args);
     match parsed.and_then(|mut matches| T::from_arg_matches_mut(&mut matches)) {
         Ok(args) => Ok(Parsed::Run(args)),
         Err(error) if error.use_stderr() => Err(UsageError::Usage(error.format(&mut command))),
-        Err(help) => shown(help.print()),
+        Err(help) => shown(help.print()).map(|()| Parsed::Done),
     }
 }
 
+/// Prints what was asked for instead of work.
+///
+/// # Errors
+/// [`UsageError::Output`].
+pub fn print(text: &str) -> Result<(), UsageError> {
+    let mut out = io::stdout().lock();
+    shown(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
 /// Whoever closed the pipe (`--help | head`) has read what they wanted.
-fn shown<T>(written: io::Result<()>) -> Result<Parsed<T>, UsageError> {
+fn shown(written: io::Result<()>) -> Result<(), UsageError> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(UsageError::Output(error)),
-        _ => Ok(Parsed::Done),
+        _ => Ok(()),
     }
 }
 
@@ -230,11 +255,8 @@ mod tests {
 
     #[test]
     fn a_reader_who_leaves_early_is_no_error_and_a_full_disk_is() {
-        let written = |kind: io::ErrorKind| shown::<Tool>(Err(kind.into()));
-        assert!(matches!(
-            written(io::ErrorKind::BrokenPipe),
-            Ok(Parsed::Done)
-        ));
+        let written = |kind: io::ErrorKind| shown(Err(kind.into()));
+        assert!(written(io::ErrorKind::BrokenPipe).is_ok());
         assert!(matches!(
             written(io::ErrorKind::StorageFull),
             Err(UsageError::Output(_))

@@ -23,6 +23,7 @@ use vmm_api::guest::View;
 use vmm_api::kvm::KvmVcpu;
 use vmm_api::memory::GuestRam;
 use vmm_api::regs::Registers;
+use vmm_api::say;
 use vmm_api::state::{Activity, BootInfo};
 
 use crate::console;
@@ -221,7 +222,7 @@ impl Sampler {
         }
         let sampled = began.elapsed();
         if let Err(error) = self.write(init, sampled) {
-            eprintln!("rhyve: {}: {}", self.name, crate::chain(&error));
+            say!("rhyve: {}: {}", self.name, crate::chain(&error));
         }
     }
 
@@ -276,7 +277,7 @@ impl Sampler {
                 source,
             })?;
         }
-        eprintln!("rhyve: {title}; see {}", self.profile.json.0.display());
+        say!("rhyve: {title}; see {}", self.profile.json.0.display());
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use vmm_api::name::VmName;
+use vmm_api::say;
 
 use super::{Board, BuildError};
 use crate::block;
@@ -21,13 +22,14 @@ use crate::pci::{
     Bridge, Buses, ConfigPorts, EcamWindow, Intx, IntxPin, PciBus, PciFunction, Placement,
 };
 use crate::saving::Savers;
+use crate::unix_socket::SocketFile;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Port, VirtioConsole};
 use crate::virtio::net::Net;
 use crate::virtio::p9::P9;
 use crate::virtio::transport::{self, Transport, VirtioPci};
-use crate::virtio::vsock::{SocketFile, Vsock};
+use crate::virtio::vsock::Vsock;
 use crate::virtio::{Rnd, Vintage, VirtioDevice};
 
 /// Where bhyve had its configuration space in memory (sys/amd64/vmm, usr.sbin/bhyve/pci_emul.c).
@@ -185,7 +187,7 @@ impl Backplane<'_> {
             }) => {
                 let blk = Blk::new(disk, block::open(disk)?, queues.get())?;
                 let (path, info, engine) = (disk.path.display(), blk.info(), blk.engine().name());
-                eprintln!(
+                say!(
                     "rhyve: virtio-blk at {}: {path}: {info}, {engine}",
                     slot.address
                 );
@@ -197,7 +199,7 @@ impl Backplane<'_> {
                 let (address, label) = (slot.address, &backend.info().label);
                 let custom = || MacAddress::customary(self.vm, address);
                 let mac = spec.mac.unwrap_or_else(custom);
-                eprintln!("rhyve: virtio-net at {address}: {label}, {mac}");
+                say!("rhyve: virtio-net at {address}: {label}, {mac}");
                 let (mevent, pairs) = (self.board.mevent.clone(), spec.queues.get());
                 let card = Net::new(mevent, backend, mac, spec.mtu, pairs);
                 self.plugged.cards.push((address, card.clone()));
@@ -266,7 +268,7 @@ impl Backplane<'_> {
         let board = self.board;
         let attached = attach(&board.mevent, &name, &port.conf, wire, board.sink())?;
         if let Some(place) = attached.location() {
-            eprintln!("rhyve: {name} is at {place}");
+            say!("rhyve: {name} is at {place}");
         }
         Ok(attached)
     }

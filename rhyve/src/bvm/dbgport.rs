@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::BytePort;
 use super::byteport::PORTS;
+use vmm_api::say;
+
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
 use crate::console::{Attached, Console, ConsoleError};
 
@@ -94,7 +96,7 @@ impl DbgPort {
             Far::Wanted { _attached } => _attached,
         };
         if let Some(place) = attached.as_ref().and_then(Attached::location) {
-            eprintln!("rhyve: bvmdbg: waiting for connection from gdb at {place}");
+            say!("rhyve: bvmdbg: waiting for connection from gdb at {place}");
         }
         *far = Far::Wanted {
             _attached: attached,

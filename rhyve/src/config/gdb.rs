@@ -1,5 +1,6 @@
 //! Where the debug server listens: bhyve's `-G [w][addr:]port`, and Unix sockets.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -20,6 +21,15 @@ pub enum GdbPlace {
     Tcp(SocketAddr),
     /// A Unix socket of this path.
     Unix(PathBuf),
+}
+
+impl fmt::Display for GdbPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
 }
 
 /// A text that says no such place.

@@ -1,12 +1,8 @@
 //! Connecting a console to what the command line names.
 
-use std::fs;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -18,6 +14,7 @@ use super::terminal::RawTerminal;
 use super::{Console, HostEnd, Wake};
 use crate::mevent::{Mevent, Source};
 use crate::suspend::SuspendSink;
+use crate::unix_socket::{self, SocketFile};
 
 /// Why a console cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +71,7 @@ impl Drop for Attached {
 /// What to undo at the end.
 enum Cleanup {
     Stdio,
-    Socket(PathBuf),
+    Socket { _file: SocketFile },
 }
 
 static STDIO_TAKEN: AtomicBool = AtomicBool::new(false);
@@ -83,7 +80,7 @@ impl Drop for Cleanup {
     fn drop(&mut self) {
         match self {
             Self::Stdio => STDIO_TAKEN.store(false, Ordering::Release),
-            Self::Socket(path) => drop(fs::remove_file(path)),
+            Self::Socket { .. } => {}
         }
     }
 }
@@ -159,9 +156,8 @@ fn open(
             driver.connect(Peer::Device, None, output, None)?;
         }
         ConsoleConf::Unix(path) => {
-            let listener = bind_unix(path)?;
-            attached._cleanup = Some(Cleanup::Socket(path.clone()));
-            listener.set_nonblocking(true)?;
+            let (listener, _file) = unix_socket::bind(path)?;
+            attached._cleanup = Some(Cleanup::Socket { _file });
             attached.location = Some(path.display().to_string());
             let fd = listener.try_clone()?.into();
             let accept = move || {
@@ -189,19 +185,4 @@ fn open(
     console.connect_host(host);
     driver.wake(Wake::Now);
     Ok(attached)
-}
-
-/// Binds to `path`, taking the place of a socket nobody listens on any more.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path)?;
-            }
-            _ => return Err(io::Error::from(io::ErrorKind::AddrInUse)),
-        }
-    }
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }

@@ -5,7 +5,6 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 
@@ -14,6 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmm_api::control::Refusal;
 use vmm_api::kvm::{DebugControl, KvmError};
 use vmm_api::memory::GuestRam;
+use vmm_api::say;
 
 use super::registers::VcpuRegisters;
 use super::session::{Event, Leaving, Wire, serve};
@@ -21,12 +21,21 @@ use super::target::{GuestTarget, Inferior, InferiorError};
 use crate::config::{GdbPlace, GdbSpec};
 use crate::machine::Machine;
 use crate::sequencer::Cause;
+use crate::unix_socket::{self, SocketFile};
+
+/// Nobody can be served.
+#[derive(Debug, thiserror::Error)]
+#[error("-G: cannot listen at {place}")]
+pub struct GdbError {
+    place: GdbPlace,
+    source: io::Error,
+}
 
 /// A debug server. Dropping it sends its debugger away and takes breakpoints out of memory.
 pub struct GdbServer {
     quit: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
-    socket: Option<PathBuf>,
+    _file: Option<SocketFile>,
 }
 
 impl GdbServer {
@@ -35,20 +44,27 @@ impl GdbServer {
     /// # Errors
     ///
     /// The address is taken, or is none of this host's.
-    pub fn start(spec: &GdbSpec, machine: &Arc<Machine>, ram: GuestRam) -> io::Result<Self> {
-        let (listener, place, socket) = match &spec.place {
+    pub fn start(spec: &GdbSpec, machine: &Arc<Machine>, ram: GuestRam) -> Result<Self, GdbError> {
+        Self::listen(spec, machine, ram).map_err(|source| GdbError {
+            place: spec.place.clone(),
+            source,
+        })
+    }
+
+    fn listen(spec: &GdbSpec, machine: &Arc<Machine>, ram: GuestRam) -> io::Result<Self> {
+        let (listener, place, file) = match &spec.place {
             GdbPlace::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
                 let place = listener.local_addr()?.to_string();
                 (Listener::Tcp(listener), place, None)
             }
             GdbPlace::Unix(path) => {
-                let listener = UnixListener::bind(path)?;
+                let (listener, file) = unix_socket::bind(path)?;
                 let place = path.display().to_string();
-                (Listener::Unix(listener), place, Some(path.clone()))
+                (Listener::Unix(listener), place, Some(file))
             }
         };
-        listener.set_nonblocking()?;
         let quit = Arc::new(EventFd::from_flags(
             EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
         )?);
@@ -60,7 +76,7 @@ impl GdbServer {
         } else {
             ""
         };
-        eprintln!("rhyve: gdb: target remote {place}{then}");
+        say!("rhyve: gdb: target remote {place}{then}");
         let server = Server {
             listener,
             machine: machine.clone(),
@@ -71,7 +87,7 @@ impl GdbServer {
         Ok(Self {
             quit,
             thread: Some(thread),
-            socket,
+            _file: file,
         })
     }
 }
@@ -85,10 +101,6 @@ impl Drop for GdbServer {
         {
             tracing::error!(target: "rhyve::gdb", "the debug server's thread panicked");
         }
-        if let Some(path) = &self.socket {
-            // Somebody may have removed it.
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 
@@ -98,13 +110,6 @@ enum Listener {
 }
 
 impl Listener {
-    fn set_nonblocking(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(listener) => listener.set_nonblocking(true),
-            Self::Unix(listener) => listener.set_nonblocking(true),
-        }
-    }
-
     fn accept(&self) -> io::Result<Wire> {
         let wire = match self {
             Self::Tcp(listener) => Wire::Tcp(listener.accept()?.0),

@@ -1,6 +1,7 @@
 //! How the machine ends: the first cause wins, every vCPU is held, the main thread is told.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -21,6 +22,8 @@ pub struct Cause {
     pub detail: Option<String>,
     /// What a developer wants to see of it: registers and code, in several lines.
     pub report: Option<String>,
+    /// Where the report of the guest is, if one was written.
+    pub written: Option<PathBuf>,
     /// rhyve's exit status.
     pub status: u8,
 }
@@ -32,6 +35,7 @@ impl Cause {
             reason: StopReason::Error,
             detail: Some(detail.into()),
             report: None,
+            written: None,
             status: EXIT_ERROR,
         }
     }
@@ -42,6 +46,7 @@ impl Cause {
             reason: StopReason::Stopped,
             detail: Some(by.into()),
             report: None,
+            written: None,
             status: 1,
         }
     }
@@ -49,6 +54,15 @@ impl Cause {
     /// Stopped in the middle, to be run again: for whoever started rhyve, a power-off.
     pub fn suspended() -> Self {
         Self::stopped("suspended")
+    }
+
+    /// All there is to say, in one line.
+    pub fn words(&self) -> String {
+        let reason = self.reason.words();
+        match &self.detail {
+            Some(detail) => format!("{reason}: {detail}"),
+            None => reason.to_owned(),
+        }
     }
 
     /// The phase to be stored.
@@ -79,6 +93,7 @@ impl From<SuspendHow> for Cause {
             reason,
             detail,
             report: None,
+            written: None,
             status,
         }
     }

@@ -54,8 +54,9 @@ impl Vcpu {
     /// Runs until the mailbox says to quit.
     pub fn run(mut self) {
         self.mailbox.bind(self.kvm.bind_thread());
-        if let Err(cause) = self.pin() {
-            self.ending.end(cause);
+        // There it could be a moment ago.
+        if let Err(error) = pinning::pin(self.kvm.index(), &self.pin) {
+            self.ending.end(Cause::error(crate::chain(&error)));
         }
         trace_start();
         loop {
@@ -222,19 +223,6 @@ impl Vcpu {
                 "Unhandled memory {what} {len} {gpa:#x}"
             )));
         }
-    }
-
-    fn pin(&self) -> Result<(), Cause> {
-        if self.pin.is_empty() {
-            return Ok(());
-        }
-        pinning::set(&self.pin).map_err(|e| {
-            let cpus: Vec<_> = self.pin.iter().map(usize::to_string).collect();
-            let (vcpu, cpus) = (self.kvm.index(), cpus.join(","));
-            Cause::error(format!(
-                "vCPU {vcpu} cannot be pinned to host CPU {cpus}: {e}"
-            ))
-        })
     }
 
     fn fail(&mut self, error: &KvmError) {

@@ -6,8 +6,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use rhyve::config::VsockSpec;
+use rhyve::unix_socket::SocketFile;
 use rhyve::virtio::VirtioDevice;
-use rhyve::virtio::vsock::{SocketFile, Vsock};
+use rhyve::virtio::vsock::Vsock;
 
 use crate::queues::{self, Subject, input};
 

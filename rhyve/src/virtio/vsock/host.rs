@@ -6,10 +6,8 @@
 //! docs/vsock.md, has the same, without reasons.)
 
 use std::ffi::OsString;
-use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +15,8 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
 };
+
+use crate::unix_socket::{self, SocketFile};
 
 /// The longest first line: the word, a port and the end.
 const LINE: usize = 32;
@@ -27,28 +27,13 @@ pub struct Listener {
     path: PathBuf,
 }
 
-/// A socket's place in the file system; gone when it is dropped.
-#[derive(Debug)]
-pub struct SocketFile(PathBuf);
-
 impl Listener {
     /// Binds to `path`, taking the place of a socket nobody listens on any more.
     ///
     /// # Errors
     /// It cannot be made, or is somebody else's.
     pub fn bind(path: &Path) -> io::Result<(Self, SocketFile)> {
-        if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path)?;
-                }
-                _ => return Err(ErrorKind::AddrInUse.into()),
-            }
-        }
-        let socket = UnixListener::bind(path)?;
-        let file = SocketFile(path.to_owned());
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        socket.set_nonblocking(true)?;
+        let (socket, file) = unix_socket::bind(path)?;
         let path = path.to_owned();
         Ok((Self { socket, path }, file))
     }
@@ -88,12 +73,6 @@ impl Listener {
         // Non-blocking, it fails where nobody accepts, instead of holding up everybody.
         connect(socket.as_raw_fd(), &UnixAddr::new(Path::new(&path))?)?;
         Ok(UnixStream::from(socket))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
     }
 }
 

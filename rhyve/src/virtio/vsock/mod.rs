@@ -28,7 +28,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use vm_memory::{ReadVolatile, VolatileMemoryError};
 
 use self::connection::{Connection, Phase};
-pub use self::host::SocketFile;
 use self::host::{Greeting, Heard, Listener};
 use self::packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, Ports, STREAM, op};
 use super::{
@@ -38,6 +37,7 @@ use super::{
 use crate::config::VsockSpec;
 use crate::lifecycle::Lifecycle;
 use crate::mevent::{Mevent, Ready, Source};
+use crate::unix_socket::SocketFile;
 
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;
