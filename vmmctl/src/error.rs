@@ -10,7 +10,7 @@ use vmm_api::name::VmName;
 use vmm_api::pagewalk::WalkError;
 use vmm_api::regs::RegError;
 use vmm_api::root::RootError;
-use vmm_api::state::StateError;
+use vmm_api::state::{Phase, StateError};
 use vmm_api::vm::VmError;
 
 /// How the program ends.
@@ -69,8 +69,20 @@ pub enum Error {
         refusal: Refusal,
     },
     /// What was asked is only known of a running VM.
-    #[error("{0} is not running: run it with rhyve {0}, or vmmctl --vm={0} --run")]
-    NotRunning(VmName),
+    #[error("{vm} is not running: {}", match phase {
+        Phase::Created => "nothing is loaded in it; load it with rhyveload".to_owned(),
+        Phase::Loaded | Phase::Suspended => format!("run it with rhyve {vm}, or vmmctl --vm={vm} --run"),
+        Phase::Stopped { .. } => "its guest has ended; load it again with rhyveload".to_owned(),
+    })]
+    NotRunning {
+        /// The VM.
+        vm: VmName,
+        /// What it is instead.
+        phase: Phase,
+    },
+    /// A clone is of what stands still.
+    #[error("{0} runs: clone a copy of it, which --snapshot=NAME makes, or --suspend it first")]
+    CloneOfRunning(VmName),
     /// A VM that was told to end goes on.
     #[error("{0} was told to end, but still runs: see what its rhyve says, or kill it")]
     NotEnding(VmName),
@@ -181,6 +193,9 @@ pub enum Error {
     /// The terminal does not do what it should.
     #[error("the terminal")]
     Terminal(#[source] std::io::Error),
+    /// Nothing can be said.
+    #[error("standard output")]
+    Output(#[source] std::io::Error),
     /// rhyve cannot be started.
     #[error("cannot start {program}")]
     Run {

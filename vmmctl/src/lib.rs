@@ -13,6 +13,7 @@ mod devices;
 pub mod error;
 pub mod exits;
 pub mod host;
+mod interrupt;
 pub mod list;
 pub mod look;
 pub mod number;
@@ -25,6 +26,7 @@ pub mod work;
 use std::ffi::OsString;
 
 use vmm_api::cli::Parsed;
+use vmm_api::say;
 
 use cli::{Cli, Plan};
 use error::Status;
@@ -47,9 +49,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Status {
         Plan::Top => top::top(),
         Plan::Work(work) => work::work(&work, &mut output),
     };
-    output.print();
+    // What went wrong first is what is said.
+    let printed = output.print();
+    let result = result.and_then(|status| printed.map(|()| status));
     result.unwrap_or_else(|error| {
-        eprintln!("vmmctl: {}", error::chain(&error));
+        say!("vmmctl: {}", error::chain(&error));
         error.status()
     })
 }

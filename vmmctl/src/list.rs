@@ -8,6 +8,7 @@ use vmm_api::control::{Client, ClientError};
 use vmm_api::memory::MemSize;
 use vmm_api::name::VmName;
 use vmm_api::root::Root;
+use vmm_api::say;
 use vmm_api::state::Phase;
 use vmm_api::vm::{Holder, Vm, VmError};
 
@@ -59,7 +60,7 @@ pub fn list(output: &mut Output) -> Result<Status, Error> {
             right(entry.uptime.map(duration)),
         ]);
         if let Some(error) = &entry.error {
-            eprintln!("vmmctl: {error}");
+            say!("vmmctl: {error}");
         }
     }
     output.table(table, &entries);

@@ -13,9 +13,11 @@ use vmm_api::inspect::write_core;
 use vmm_api::memory::MemFile;
 use vmm_api::pagewalk::{self, WalkError};
 use vmm_api::regs::Registers;
+use vmm_api::say;
 
 use crate::cli::{Format, Letter, Location, Place, Syntax, Work};
 use crate::error::Error;
+use crate::interrupt::Interrupt;
 use crate::output::{Output, hex};
 use crate::target::VcpuAccess;
 
@@ -64,7 +66,9 @@ pub fn show(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Re
         told(access, work, output)?;
     }
     if looks.panic {
-        held(access, |access| panic(access, work, output))?;
+        // Before it is held for this.
+        let title = format!("{}: {}", work.vm, access.ending()?);
+        held(access, |access| panic(access, work, &title, output))?;
     }
     match &looks.core {
         Some(path) => held(access, |access| core(access, work, path, output)),
@@ -100,13 +104,15 @@ fn held(
     access: &mut dyn VcpuAccess,
     action: impl FnOnce(&mut dyn VcpuAccess) -> Result<(), Error>,
 ) -> Result<(), Error> {
+    // Who gives up waiting does not mean to leave the guest paused.
+    let _interrupt = Interrupt::new()?;
     let resume = match access.live() {
         Ok(client) => {
             let paused = client.status()?.phase == RunPhase::Paused;
             client.pause()?;
             !paused
         }
-        Err(Error::NotRunning(_)) => false,
+        Err(Error::NotRunning { .. }) => false,
         Err(error) => return Err(error),
     };
     let done = action(access);
@@ -364,7 +370,7 @@ pub fn named(access: &mut dyn VcpuAccess, work: &Work) -> Result<Option<Kernel>,
             ..
         }) => Ok(None),
         Err(error @ Error::Symbols { .. }) if work.gets.looks.symbols.is_none() => {
-            eprintln!("vmmctl: {}", crate::error::chain(&error));
+            say!("vmmctl: {}", crate::error::chain(&error));
             Ok(None)
         }
         Err(error) => Err(error),
@@ -471,14 +477,18 @@ fn process_line(process: &Process) -> String {
 }
 
 /// Shows why the guest died, or where it is.
-fn panic(access: &mut dyn VcpuAccess, work: &Work, output: &mut Output) -> Result<(), Error> {
-    let title = format!("{}: {}", work.vm, access.ending()?);
+fn panic(
+    access: &mut dyn VcpuAccess,
+    work: &Work,
+    title: &str,
+    output: &mut Output,
+) -> Result<(), Error> {
     let memory = access.open_memory()?;
     let vcpus = registers(access)?;
     let loaded = access.boot()?;
     let named = work.gets.looks.symbols.as_deref();
     let report = Report::new(&memory, &vcpus, named, loaded.as_ref());
-    for line in report.text(&title).lines() {
+    for line in report.text(title).lines() {
         output.line(line);
     }
     output.field("panic", json!(report));
@@ -541,7 +551,7 @@ fn core(
         error(source)
     })?;
     if report.truncated {
-        eprintln!(
+        say!(
             "vmmctl: {}: page tables map more than the {} ranges in {}",
             work.vm,
             report.segments,

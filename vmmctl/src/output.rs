@@ -1,12 +1,14 @@
 //! What there is to say: gathered while the work is done, printed once, as text or as JSON.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use comfy_table::Table;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use vmm_api::regs::{Reg, SegReg, Segment};
 use vmm_api::stats::{VcpuStats, VmStats};
+
+use crate::error::Error;
 
 /// What will be printed on standard output.
 #[derive(Debug, Default)]
@@ -127,18 +129,25 @@ impl Output {
     }
 
     /// Prints all of it; what comes later starts anew.
-    pub fn print(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// There is no room for it.
+    pub fn print(&mut self) -> Result<(), Error> {
         let Self {
             json, text, whole, ..
         } = self.take();
         let text = match (json, whole) {
             (false, _) => text,
             (true, Some(value)) => format!("{value:#}\n"),
-            (true, None) => return,
+            (true, None) => return Ok(()),
         };
-        // Whoever closed standard output does not want to know.
         let mut out = std::io::stdout().lock();
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            // Whoever closed standard output does not want to know.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::Output(error)),
+            _ => Ok(()),
+        }
     }
 
     /// All that was gathered, with the fields put together as a whole.

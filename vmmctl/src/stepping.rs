@@ -1,13 +1,12 @@
 //! `--until` and `--step`: a VM that runs is led to a place, instruction by instruction.
 
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde_json::json;
 use vmm_api::control::{ClientError, Refusal, RunPhase};
 use vmm_api::pagewalk;
 
 use crate::cli::{Location, Work};
 use crate::error::Error;
+use crate::interrupt::Interrupt;
 use crate::look;
 use crate::output::{Output, hex};
 use crate::target::VcpuAccess;
@@ -90,34 +89,4 @@ pub fn step(
     shown.push(look::instruction(access, work, work.cpu, names, output)?);
     output.field("step", shown);
     Ok(())
-}
-
-/// Whether somebody wants this program to end. While this exists, it does not by itself.
-struct Interrupt {
-    signals: SigSet,
-    fd: SignalFd,
-}
-
-impl Interrupt {
-    fn new() -> Result<Self, Error> {
-        let mut signals = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            signals.add(signal);
-        }
-        signals.thread_block().map_err(Error::Signals)?;
-        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        let fd = SignalFd::with_flags(&signals, flags).map_err(Error::Signals)?;
-        Ok(Self { signals, fd })
-    }
-
-    fn came(&self) -> bool {
-        matches!(self.fd.read_signal(), Ok(Some(_)))
-    }
-}
-
-impl Drop for Interrupt {
-    fn drop(&mut self) {
-        // It was possible to block them.
-        let _ = self.signals.thread_unblock();
-    }
 }

@@ -278,6 +278,13 @@ impl Stored<'_> {
             refusal: Refusal::NoSuchVcpu { vcpu, vcpus },
         })
     }
+
+    fn not_running(&self) -> Result<Error, Error> {
+        Ok(Error::NotRunning {
+            vm: self.vm.name().clone(),
+            phase: self.state()?.phase,
+        })
+    }
 }
 
 impl VcpuAccess for Stored<'_> {
@@ -401,11 +408,11 @@ impl VcpuAccess for Stored<'_> {
     }
 
     fn stats(&mut self, _: u32) -> Result<(VcpuStats, VmStats), Error> {
-        Err(Error::NotRunning(self.vm.name().clone()))
+        Err(self.not_running()?)
     }
 
     fn live(&mut self) -> Result<&mut Client, Error> {
-        Err(Error::NotRunning(self.vm.name().clone()))
+        Err(self.not_running()?)
     }
 }
 

@@ -9,13 +9,14 @@ use vmm_api::memory::{HIGHMEM_BASE, MemSize, MemoryLayout};
 use vmm_api::regs::{Reg, RegError, Registers, SegReg};
 use vmm_api::root::Root;
 use vmm_api::state::Phase;
-use vmm_api::vm::MemorySetup;
+use vmm_api::vm::{MemorySetup, VmError};
 
 use crate::cli::{Disk, End, Gets, Link, Sets, Work};
 use crate::detail;
 use crate::devices;
 use crate::error::{Error, Status};
 use crate::exits;
+use crate::interrupt::Interrupt;
 use crate::look;
 use crate::output::Output;
 use crate::stepping;
@@ -118,6 +119,7 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         if let Some(end) = &work.end {
             if let End::Suspend(Some(name)) = end {
                 // What it does after that would be lost.
+                let _interrupt = Interrupt::new()?;
                 access.live()?.pause()?;
                 if let Err(error) = access.snapshot(name) {
                     access.live()?.resume()?;
@@ -141,13 +143,19 @@ pub fn work(work: &Work, output: &mut Output) -> Result<Status, Error> {
         }
     }
     if let Some(name) = &work.clone {
-        target::lock(&root, &work.vm)?.clone_to(&root, name, target::PROGRAM)?;
+        let locked = target::lock(&root, &work.vm).map_err(|error| match error {
+            Error::Vm(VmError::Busy { name, holder }) if holder.program == "rhyve" => {
+                Error::CloneOfRunning(name)
+            }
+            error => error,
+        })?;
+        locked.clone_to(&root, name, target::PROGRAM)?;
         output.done("clone");
     }
     let mut status = Status::Done;
     if work.run {
         // Whatever was found out comes before what the guest says.
-        output.print();
+        output.print()?;
         status = run(work)?;
     }
     if work.destroy {

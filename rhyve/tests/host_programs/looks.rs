@@ -1,9 +1,14 @@
 //! vmmctl on a VM that is loaded, runs, and has ended.
 
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+
+use nix::sys::signal::Signal;
+use nix::sys::termios::LocalFlags;
 use serde_json::Value;
 
 use crate::guests::{ENTRY, ask, load_code, start_probe};
-use crate::support::{Place, until};
+use crate::support::{Place, Process, until};
 
 /// The number in `name[0]<tab>0x...`.
 fn number(text: &str, name: &str) -> u64 {
@@ -176,6 +181,7 @@ fn a_bad_end_is_reported_beside_the_object() {
     assert_eq!(ended.status, Some(3), "{ended:?}");
     let told = format!("triple fault; see {}", report.display());
     assert!(ended.errors.contains(&told), "{ended:?}");
+    assert_eq!(ended.errors.matches("triple fault").count(), 1, "{ended:?}");
     let text = std::fs::read_to_string(&report).unwrap();
     assert!(text.starts_with("guest0: triple fault\n"), "{text}");
     // By the symbols of the file that was loaded.
@@ -210,6 +216,27 @@ fn a_guest_that_nothing_can_reach_is_reported_and_goes_on() {
     assert!(guest.is_running());
     place.ok("vmmctl --vm=guest0 --force-poweroff");
     assert!(guest.wait().errors.contains(why));
+}
+
+#[test]
+fn who_gives_up_looking_leaves_the_guest_as_it_was() {
+    let place = Place::new();
+    load_code(&place, b"\xeb\xfe");
+    let guest = place.start("");
+    // What never comes holds up the look, and the guest with it.
+    let symbols = place.path("symbols");
+    nix::unistd::mkfifo(&symbols, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let line = format!("vmmctl --vm=guest0 --panic --symbols {}", symbols.display());
+    until("it runs", || list(&place)[0]["phase"] == "running");
+    let mut look = Process::start(place.command(&line));
+    until("it is held", || list(&place)[0]["phase"] == "paused");
+    look.signal(Signal::SIGINT);
+    let mut opening = std::fs::File::options();
+    let opening = opening.write(true).custom_flags(nix::libc::O_NONBLOCK);
+    drop(opening.open(&symbols));
+    assert_eq!(look.wait().status, Some(128 + 2), "it ends by the signal");
+    assert_eq!(list(&place)[0]["phase"], "running");
+    drop(guest);
 }
 
 /// What a program has drawn on a terminal of 110 columns and 20 lines.
@@ -297,6 +324,20 @@ fn top_shows_all_vms_pauses_one_and_looks_into_it() {
     until("it quits", || screen.child.try_wait().unwrap().is_some());
     let status = screen.child.try_wait().unwrap().unwrap();
     assert!(status.success(), "{status}");
+    // A signal ends it, and leaves the terminal as it was.
+    let mut screen = Screen::start(&place, "vmmctl top");
+    screen.shows("1 of 1 VMs live");
+    let pid = i32::try_from(screen.child.id()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+    until("it ends", || screen.child.try_wait().unwrap().is_some());
+    let status = screen.child.try_wait().unwrap().unwrap();
+    assert_eq!(status.signal(), Some(15), "{status}");
+    let after = nix::sys::termios::tcgetattr(&screen.terminal).unwrap();
+    assert!(
+        after
+            .local_flags
+            .contains(LocalFlags::ICANON | LocalFlags::ECHO)
+    );
     drop(guest);
     // Without a terminal it says so.
     let none = place.run("vmmctl top");

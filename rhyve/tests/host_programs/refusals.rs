@@ -181,12 +181,45 @@ fn what_rhyve_cannot_connect_or_make() {
             "-c 4096",
             "-c: 4096 vCPUs are more than this machine's KVM runs",
         ),
-        ("-p 0:4095", "host CPU 4095"),
+        ("-p 0:4095", "vCPU 0 cannot be pinned to host CPU 4095: "),
+        (
+            "-G unix:/no/such/directory/gdb",
+            "-G: cannot listen at unix:/no/such/directory/gdb: No",
+        ),
+        ("-G 192.0.2.1:1234", "-G: cannot listen at 192.0.2.1:1234: "),
     ] {
-        let ended = place.run(&format!("rhyve {options} guest0"));
-        assert_eq!(ended.status, Some(4), "{options}: {ended:?}");
-        assert!(ended.errors.contains(message), "{options}: {ended:?}");
-        load_code(&place, HALT);
+        let text = refused(&place, &format!("rhyve {options} guest0"), 4);
+        assert!(text.contains(message), "{options}: {text}");
+        assert_eq!(place.state().phase, Phase::Loaded, "{options}");
     }
+    // A debug server's socket that nobody listens at any more is no hindrance.
+    let socket = place.path("gdb.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let line = format!("rhyve -G unix:{} guest0", socket.display());
+    assert_eq!(place.run(&line).status, Some(2));
+    assert!(!socket.exists());
+    load_code(&place, HALT);
     assert_eq!(place.run("rhyve guest0").status, Some(2));
+}
+
+#[test]
+fn nobody_to_tell_it() {
+    let place = Place::new();
+    load_code(&place, HALT);
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for (line, status) in [
+        ("vmmctl --list", 1),
+        ("vmmctl --vm=guest0 --get-all --json", 1),
+        ("rhyve -s help", 4),
+    ] {
+        let mut command = place.command(line);
+        let ended = command.stdout(full()).output().unwrap();
+        assert_eq!(ended.status.code(), Some(status), "{line}: {ended:?}");
+        let errors = String::from_utf8(ended.stderr).unwrap();
+        assert!(errors.ends_with("standard output: No space left on device (os error 28)\n"));
+    }
+    // The guest runs to its end all the same.
+    let mut command = place.command("rhyve -G 0 guest0");
+    let ended = command.stderr(full()).status().unwrap();
+    assert_eq!(ended.code(), Some(2));
 }

@@ -14,6 +14,7 @@ use vmm_api::root::Root;
 use vmm_api::vm::Vm;
 
 use crate::error::{self, Error, Status};
+use crate::interrupt::Interrupt;
 use sample::{Row, Sampler};
 
 /// Between two looks.
@@ -118,8 +119,9 @@ pub fn top() -> Result<Status, Error> {
     let mut sampler = Sampler::new(Root::open()?);
     let mut top = Top::default();
     top.update(sampler.take()?);
+    let interrupt = Interrupt::new()?;
     let mut terminal = ratatui::try_init().map_err(Error::Terminal)?;
-    let ended = follow(&mut terminal, &mut sampler, &mut top);
+    let ended = follow(&mut terminal, &mut sampler, &mut top, &interrupt);
     ratatui::restore();
     ended.map(|()| Status::Done)
 }
@@ -128,9 +130,11 @@ fn follow(
     terminal: &mut ratatui::DefaultTerminal,
     sampler: &mut Sampler,
     top: &mut Top,
+    interrupt: &Interrupt,
 ) -> Result<(), Error> {
     let mut next = Instant::now() + PERIOD;
-    loop {
+    // The signal ends the program when the terminal is what it was.
+    while !interrupt.waits() {
         let drawn = terminal.draw(|frame| view::draw(frame, top));
         drawn.map_err(Error::Terminal)?;
         let left = next.saturating_duration_since(Instant::now());
@@ -155,6 +159,7 @@ fn follow(
         top.update(sampler.take()?);
         next = Instant::now() + PERIOD;
     }
+    Ok(())
 }
 
 /// Pauses a VM that runs, lets one go on that is paused.

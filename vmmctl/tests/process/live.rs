@@ -106,7 +106,7 @@ fn devices_are_listed_with_all_there_is_of_them() {
     bench.object("stopped", "vmmctl");
     assert_eq!(
         bench.fails("--vm=stopped --get-devices", 1),
-        "vmmctl: stopped is not running: run it with rhyve stopped, or vmmctl --vm=stopped --run\n"
+        "vmmctl: stopped is not running: nothing is loaded in it; load it with rhyveload\n"
     );
 }
 

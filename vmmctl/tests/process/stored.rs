@@ -169,12 +169,12 @@ fn each_mistake_has_one_line_and_its_status() {
         (
             "--vm=guest0 --get-stats",
             1,
-            "guest0 is not running: run it with rhyve guest0, or vmmctl --vm=guest0 --run",
+            "guest0 is not running: nothing is loaded in it; load it with rhyveload",
         ),
         (
             "--vm=guest0 --force-poweroff --destroy",
             1,
-            "guest0 is not running: run it with rhyve guest0, or vmmctl --vm=guest0 --run",
+            "guest0 is not running: nothing is loaded in it; load it with rhyveload",
         ),
         (
             "--vm=guest0 --get-vmcs-eptp --destroy --get-vmcb-asid",
