@@ -17,18 +17,20 @@ use crate::plan::Boot;
 const EXAMPLES: &str = "\
 Examples:
   rhyveload -m 768M -h /usr/guest guest0
-      Boots FreeBSD from /usr/guest/boot: kernel, modules and variables as loader.conf says.
+      Boots FreeBSD from /usr/guest/boot: kernel, modules and variables
+      as loader.conf says.
   rhyveload -m 1G -d freebsd.img -e boot_verbose=YES guest0
-      The same from a disk image (raw or qcow2; GPT, MBR or bare; UFS, ext2/3/4 or FAT), with a
-      variable.
-  rhyveload -m 512M --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' guest0
-      Loads Linux into guest0, made if it is not there, with 512 MiB of memory.
+      The same from a disk image (raw or qcow2; GPT, MBR or bare; UFS,
+      ext2/3/4 or FAT), with a variable.
+  rhyveload -m 512M --kernel vmlinuz --initrd initrd.img \\
+        --cmdline 'console=ttyS0' guest0
+      Loads Linux into guest0, made if it is not there, with 512 MiB.
   rhyveload --boot pvh --kernel vmlinux guest0
       Enters an ELF kernel where its Xen note says.
   rhyveload --kernel kernel.elf guest0
-      Loads a FreeBSD kernel or a plain static ELF64 file into guest0, with 256 MiB.
+      Loads a FreeBSD kernel or a plain static ELF64 file, with 256 MiB.
   rhyveload -m 768 -M 2048 -e boot_verbose=YES --kernel kernel guest0
-      768 MiB of lowmem, 2 GiB of highmem from 4 GiB on, and a kernel variable.
+      768 MiB of lowmem, 2 GiB of highmem from 4 GiB on, and a variable.
 
 On a terminal, -h and -d show FreeBSD's boot menu and count down before they boot; Escape leads
 to a prompt, whose 'help' lists its commands. Set autoboot_delay=-1 to be asked nothing.
@@ -38,14 +40,18 @@ with vmmctl --vm=NAME --get-all, and remove it with vmmctl --vm=NAME --destroy.
 
 VMs are directories under $RHYVE_ROOT, by default /dev/shm/rhyve-UID.
 
-Exit status: 0 loaded, 1 not loaded (one line on standard error says why), 2 bad usage.";
+Exit status:
+  0  the guest is loaded
+  1  it is not; one line on standard error says why
+  2  the command line is wrong";
 
-/// Load a guest kernel into a named virtual machine.
+/// Load a guest kernel into a named virtual machine
 ///
 /// The VM is made if it is not there: its memory is filled, its first vCPU's registers are
 /// set, and it waits for rhyve to run it. /dev/kvm is not needed.
 #[derive(Debug, Parser)]
 #[command(name = "rhyveload", version, after_long_help = EXAMPLES, verbatim_doc_comment)]
+#[command(override_usage = "rhyveload [OPTIONS] -h DIR | -d IMAGE | --kernel FILE VM")]
 #[command(disable_help_flag = true)]
 #[command(group = ArgGroup::new("from").required(true).multiple(true))]
 pub struct Cli {

@@ -14,6 +14,8 @@ use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, Parser, ValueEnum};
 use clap_complete::Shell;
 
+mod man;
+
 /// The hidden option.
 const GENERATE: &str = "--generate";
 
@@ -145,9 +147,7 @@ impl Generate {
     pub fn write<T: CommandFactory>(self, out: &mut dyn Write) -> io::Result<()> {
         let mut command: Command = T::command();
         match self {
-            Self::Man => clap_mangen::Man::new(command)
-                .section("8")
-                .render(&mut { out }),
+            Self::Man => man::write(command, out),
             Self::Completions(shell) => {
                 let name = command.get_name().to_owned();
                 // What the help describes as a group is completed one by one; a hidden letter is
@@ -171,7 +171,7 @@ const NAMES: &str = r#"ls "${RHYVE_ROOT:-/dev/shm/rhyve-$(id -u)}" 2>/dev/null"#
 const NAMES_FISH: &str =
     "set -q RHYVE_ROOT; and ls $RHYVE_ROOT 2>/dev/null; or ls /dev/shm/rhyve-(id -u) 2>/dev/null";
 
-/// Makes clap_complete's text complete the names of VMs, where one is `--vm` or an argument `vm`.
+/// Makes clap_complete's text complete the names of VMs, where one is `--vm` or the only argument.
 fn complete_names(shell: Shell, text: &str, command: &Command) -> String {
     let option = command
         .get_arguments()
@@ -199,6 +199,8 @@ fn complete_names(shell: Shell, text: &str, command: &Command) -> String {
                 );
                 return text.replace(&from, &to);
             }
+            // Options are offered first, and alone, only to who has begun one.
+            let text = text.replacen(" || ${COMP_CWORD} -eq 1 ", " ", 1);
             let none = "*)\n                    COMPREPLY=()";
             let names = format!(
                 "*)\n                    {words}\n                    [[ \"${{cur}}\" != -* && ${{#COMPREPLY[@]}} -gt 0 ]] && return 0"
@@ -210,7 +212,7 @@ fn complete_names(shell: Shell, text: &str, command: &Command) -> String {
                 format!("_rhyve_vms() {{\n    compadd -- ${{(f)\"$({NAMES})\"}}\n}}\n\n");
             let mut lines = String::new();
             for line in text.lines() {
-                let names = line.starts_with("'--vm=") || line.starts_with("'::vm -- ");
+                let names = line.starts_with("'--vm=") || !option && line.starts_with("':");
                 let line = if names {
                     line.replace(":_default'", ":_rhyve_vms'")
                 } else {
@@ -224,8 +226,17 @@ fn complete_names(shell: Shell, text: &str, command: &Command) -> String {
             }
             lines
         }
-        Shell::Fish if option => format!("{text}complete -c {name} -l vm -x -a '({NAMES_FISH})'\n"),
-        Shell::Fish => format!("{text}complete -c {name} -f -a '({NAMES_FISH})'\n"),
+        Shell::Fish => {
+            // fish takes it for a pattern.
+            let mut text = text.replace(" -s ? ", " -s '?' ");
+            let words = command.get_positionals();
+            for word in words.flat_map(|arg| arg.get_possible_values()) {
+                let word = word.get_name();
+                text += &format!("complete -c {name} -n __fish_use_subcommand -f -a {word}\n");
+            }
+            let place = if option { "-l vm -x" } else { "-f" };
+            text + &format!("complete -c {name} {place} -a '({NAMES_FISH})'\n")
+        }
         _ => text.to_owned(),
     }
 }
@@ -235,8 +246,11 @@ mod tests {
     use super::*;
 
     #[derive(Debug, Parser)]
-    #[command(name = "tool")]
+    #[command(name = "tool", version)]
     struct Tool {
+        /// Say nothing.
+        #[arg(long, short = '?')]
+        quiet: bool,
         /// A thing it needs.
         thing: String,
     }
@@ -261,6 +275,36 @@ mod tests {
             written(io::ErrorKind::StorageFull),
             Err(UsageError::Output(_))
         ));
+    }
+
+    #[test]
+    fn shells_complete_the_name_of_a_vm_as_an_argument() {
+        let text = |shell| {
+            let mut text = Vec::new();
+            let kind = Generate::Completions(shell);
+            kind.write::<Tool>(&mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("guest0")).unwrap();
+        let complete = |words: &str, current: &str, previous: &str| {
+            let count = words.split(' ').count() - 1;
+            let script = text(Shell::Bash);
+            let line = format!(
+                "{script}\nCOMP_WORDS=({words}); COMP_CWORD={count}; _tool tool '{current}' '{previous}'; echo ${{COMPREPLY[@]}}"
+            );
+            let output = std::process::Command::new("bash")
+                .env("RHYVE_ROOT", root.path())
+                .args(["--norc", "-c", &line])
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap().trim().to_owned()
+        };
+        assert_eq!(complete("tool g", "g", "tool"), "guest0");
+        assert_eq!(complete("tool --quiet g", "g", "--quiet"), "guest0");
+        assert_eq!(complete("tool --q", "--q", "tool"), "--quiet");
+        assert!(text(Shell::Zsh).contains(":_rhyve_vms'"));
+        assert!(text(Shell::Fish).contains("complete -c tool -s '?' "));
     }
 
     #[test]

@@ -277,5 +277,9 @@ fn shells_complete_names_of_vms_and_registers() {
             text.contains(names) && text.contains("get-rflags"),
             "{shell}"
         );
+        assert!(
+            text.contains("-a top\n") || text.contains(":(top)'"),
+            "{shell}"
+        );
     }
 }
