@@ -45,7 +45,7 @@ pub enum RootError {
         me: u32,
     },
     /// The root directory is open to group or others.
-    #[error("{}: mode {mode:04o} lets others in; chmod 700 it", path.display())]
+    #[error("{}: mode {mode:04o} lets others in; chmod 700 it, or set RHYVE_ROOT to a directory that nobody else uses", path.display())]
     Mode {
         /// The root directory.
         path: PathBuf,

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use vmm_api::control::{ClientError, Refusal, RunPhase};
-use vmm_api::pagewalk;
+use vmm_api::pagewalk::{self, WalkError};
 
 use crate::cli::{Location, Work};
 use crate::error::Error;
@@ -29,6 +29,11 @@ pub fn until(
     let was = access.live()?.status()?.phase;
     let names = look::names(access, work, place.is_named())?;
     let address = look::locate(work, place, names.as_ref())?;
+    // No vCPU comes there, in whatever mode: linear addresses have 57 bits at most.
+    if !matches!(address.cast_signed() >> 56, 0 | -1) {
+        let (vm, source) = (work.vm.clone(), WalkError::NotCanonical(address));
+        return Err(Error::Walk { vm, source });
+    }
     let interrupt = Interrupt::new()?;
     // It is there already: that is what it leaves, not what it comes to.
     access.live()?.pause()?;

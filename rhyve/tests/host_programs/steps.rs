@@ -101,6 +101,10 @@ fn a_guest_runs_until_it_comes_to_a_place() {
     assert_eq!(nothing.status, Some(1), "{nothing:?}");
     assert!(nothing.errors.contains("no_such_function"), "{nothing:?}");
 
+    let nowhere = place.run("vmmctl --vm=guest0 --until=0xdeadbeefdeadbeef");
+    assert_eq!(nowhere.status, Some(1), "{nowhere:?}");
+    assert!(nowhere.errors.contains("not canonical"), "{nowhere:?}");
+
     // A debugger is not disturbed.
     let wire = UnixStream::connect(&socket).unwrap();
     crate::support::until("the debugger's stop", || {

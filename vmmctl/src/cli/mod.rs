@@ -430,6 +430,11 @@ impl FromArgMatches for Cli {
         let top = matches.contains_id("command");
         let report = match (report, top) {
             (Some(_), true) => return Err(wrong("top, --list and --host are calls of their own")),
+            (None, true) if json => {
+                return Err(wrong(
+                    "top is drawn on a terminal: --list --json and --get-exits --json tell programs",
+                ));
+            }
             (None, true) => Some(Plan::Top),
             (report, false) => report,
         };
@@ -645,6 +650,7 @@ mod tests {
             "--vm=a --list",
             "--list --host",
             "--host --get-all",
+            "top --json",
             "--vm=a --force-reset --force-poweroff",
             "--vm=a --set-lowmem=much",
             "--vm=a --set-mem=64 --set-lowmem=64",
