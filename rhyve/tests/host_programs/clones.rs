@@ -41,7 +41,10 @@ fn ten_clones_of_one_guest_run_at_once() {
     assert!(again.errors.contains("File exists"), "{again:?}");
     // One that runs has no settled memory to share.
     let running = place.run("vmmctl --vm=guest0 --clone=clone");
-    assert!(running.errors.contains("is in use by rhyve"), "{running:?}");
+    assert!(
+        running.errors.contains("guest0 runs: clone a copy of it"),
+        "{running:?}"
+    );
 
     let names: Vec<String> = (0..10).map(|n| format!("clone{n}")).collect();
     let mut clones: Vec<Process> = Vec::new();
