@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use object::read::elf::ElfFile64;
@@ -119,7 +121,17 @@ impl Symbols {
     ///
     /// It cannot be read, or has no function's name in it.
     pub fn read(path: &Path) -> Result<Self, SymbolError> {
-        let bytes = std::fs::read(path).map_err(|source| SymbolError::Read {
+        let read = || {
+            // Some of them never end.
+            if std::fs::metadata(path)?.file_type().is_char_device() {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "it is a device",
+                ));
+            }
+            std::fs::read(path)
+        };
+        let bytes = read().map_err(|source| SymbolError::Read {
             path: path.to_owned(),
             source,
         })?;
@@ -362,6 +374,15 @@ fn map(bytes: &[u8], symbols: &mut Symbols) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_never_ends_is_not_read() {
+        let read = Symbols::read(Path::new("/dev/zero"));
+        let Err(SymbolError::Read { source, .. }) = read else {
+            panic!("/dev/zero has symbols: {read:?}");
+        };
+        assert_eq!(source.to_string(), "it is a device");
+    }
 
     #[test]
     fn a_map_names_addresses() {
