@@ -41,8 +41,8 @@ struct Receiving<'m> {
     pieces: usize,
     /// More of them were waited for.
     patient: bool,
-    /// Takes what the buffers have no room for, so that it is seen.
-    spill: Vec<u8>,
+    /// Takes the first byte that the buffers have no room for, so that it is seen.
+    spill: [u8; 1],
 }
 
 /// A receive thread's life. Returns its queue with no buffer taken out of it.
@@ -56,7 +56,7 @@ pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
         bytes: 0,
         pieces: 0,
         patient: false,
-        spill: vec![0; LARGEST],
+        spill: [0],
     };
     receiving.work.queue.disable_kicks();
     while !bell.stopped() {
@@ -167,9 +167,8 @@ impl<'m> Receiving<'m> {
 
     /// Takes a frame that comes while the link is down: nobody is to find it when it is up again.
     fn discard(&mut self) -> io::Result<()> {
-        self.work
-            .port
-            .receive(&[self.spill.as_mut_slice().into()])?;
+        let mut frame = vec![0; LARGEST];
+        self.work.port.receive(&[frame.as_mut_slice().into()])?;
         let counters = &self.work.shared.counters;
         counters.receive_dropped.fetch_add(1, Relaxed);
         Ok(())
