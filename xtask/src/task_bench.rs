@@ -9,8 +9,8 @@ use std::error::Error;
 use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, Subcommand};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use crate::bench::boot::{self, Boots, Parts};
 use crate::bench::control;
@@ -93,7 +93,7 @@ struct Io {
 }
 
 /// What was measured of devices.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize)]
 struct Devices {
     disks: Option<Disks>,
     networks: Option<Networks>,
@@ -115,13 +115,11 @@ impl Bench {
             What::Control(control) => control.run(),
             What::Io(io) => io.run(),
             What::IoInLane(parts) => {
-                let disks = (parts.only != Some(Device::Net)).then(|| io::measure(&parts));
-                let networks = (parts.only != Some(Device::Disks)).then(|| net::measure(&parts));
-                let devices = Devices {
-                    disks: disks.transpose()?,
-                    networks: networks.transpose()?,
+                let measured = match parts.device {
+                    Device::Disks => serde_json::to_string(&io::measure(&parts)?),
+                    Device::Net => serde_json::to_string(&net::measure(&parts)?),
                 };
-                println!("{}", serde_json::to_string(&devices)?);
+                println!("{}", measured?);
                 Ok(ExitCode::SUCCESS)
             }
             What::InLane(parts) => {
@@ -190,29 +188,30 @@ impl Io {
         let lane = task_guest_image::make("lane")?;
         let seconds = if self.quick { 1 } else { 3 };
         let xtask = env::current_exe()?;
-        let mut nested = Command::new(&xtask);
-        let timeout = 900 + self.runs * 60 * (seconds + 2);
-        nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
-        nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);
-        nested.args(["--runs", &self.runs.to_string()]);
-        nested.args(["--seconds", &seconds.to_string()]);
-        nested.arg("--programs").arg(&programs);
-        nested.arg("--kernel").arg(linux.path("kernel")?);
-        nested.arg("--initrd").arg(linux.path("initrd")?);
-        nested.arg("--disk").arg(linux.path("disk")?);
-        nested.arg("--qemu").arg(lane.path("qemu")?);
-        nested.arg("--iperf3").arg(linux.path("iperf3")?);
-        if let Some(device) = self.only {
-            nested.args([
-                "--only",
-                if device == Device::Net {
-                    "net"
-                } else {
-                    "disks"
-                },
-            ]);
+        let nested = |device: Device| -> Result<Command, Box<dyn Error>> {
+            let mut nested = Command::new(&xtask);
+            let timeout = 600 + self.runs * 40 * (seconds + 2);
+            nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
+            nested.args(["--cpus", &device.cpus().to_string()]);
+            nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);
+            nested.args(["--device", device.name()]);
+            nested.args(["--runs", &self.runs.to_string()]);
+            nested.args(["--seconds", &seconds.to_string()]);
+            nested.arg("--programs").arg(&programs);
+            nested.arg("--kernel").arg(linux.path("kernel")?);
+            nested.arg("--initrd").arg(linux.path("initrd")?);
+            nested.arg("--disk").arg(linux.path("disk")?);
+            nested.arg("--qemu").arg(lane.path("qemu")?);
+            nested.arg("--iperf3").arg(linux.path("iperf3")?);
+            Ok(nested)
+        };
+        let mut devices = Devices::default();
+        if self.only != Some(Device::Net) {
+            devices.disks = Some(measured(nested(Device::Disks)?)?);
         }
-        let devices: Devices = measured(nested)?;
+        if self.only != Some(Device::Disks) {
+            devices.networks = Some(measured(nested(Device::Net)?)?);
+        }
         show(&devices, self.json, || {
             let disks = devices.disks.as_ref().map(Disks::table);
             let networks = devices.networks.as_ref().map(Networks::table);

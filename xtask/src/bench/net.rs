@@ -35,7 +35,7 @@ const JOBS: [(&str, Option<&[&str]>); 5] = [
 const ECHO: u16 = 7;
 /// How long a server may take until it listens.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often a measurement is tried: in a lane of two processors a guest's program dies now and then.
+/// How often a measurement is tried before it counts as failed.
 const TRIES: u32 = 3;
 
 /// What was measured. One sample a job, in the order of the table: MiB a second, or answers a second.
@@ -238,7 +238,7 @@ impl Networks {
     /// The table that is printed.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "\nnested lane: {MEMORY_MIB} MiB, one vCPU, a tap interface with an MTU of 1500; QEMU with \
+            "\nnested lane of one processor: {MEMORY_MIB} MiB, one vCPU, a tap interface with an MTU of 1500; QEMU with \
              vhost-net, and without\n"
         );
         for (at, (name, options)) in JOBS.iter().enumerate() {
