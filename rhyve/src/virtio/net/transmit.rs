@@ -15,6 +15,12 @@ const SHORTEST: u32 = 14;
 /// A transmit thread's life. Returns its queue with every frame answered that it has taken.
 pub(super) fn run(mut work: Work, bell: &Bell) -> Virtqueue {
     let port = work.port.clone();
+    // Or a kick stops a vCPU that shares its processor with this before it has queued the next frame,
+    // and each is moved on its own.
+    if let Err(error) = crate::thread::patient() {
+        let label = work.shared.label();
+        tracing::debug!(target: "rhyve::virtio::net", "{label}: SCHED_BATCH: {error}");
+    }
     while !bell.stopped() {
         work.queue.disable_kicks();
         while !bell.stopped()
