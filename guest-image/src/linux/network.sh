@@ -4,6 +4,7 @@
 #   ip=dhcp                     ask for an address
 #   ip=off                      leave it alone
 # The argument counts for an interface of which nothing is said.
+# The initramfs does it and then the disk: the second time changes nothing.
 ip link set lo up
 for device in /sys/class/net/eth*; do
     [ -e "$device" ] || continue
@@ -21,8 +22,8 @@ for device in /sys/class/net/eth*; do
         ;;
     */*)
         ip link set "$interface" up
-        ip addr add "${address%%,*}" dev "$interface"
-        case $address in *,*) ip route add default via "${address#*,}" ;; esac
+        ip addr replace "${address%%,*}" dev "$interface"
+        case $address in *,*) ip route replace default via "${address#*,}" ;; esac
         ;;
     esac
 done
