@@ -14,6 +14,7 @@ use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use vmm_api::cli::UsageError;
 use vmm_api::name::VmName;
 use vmm_api::say;
 use vmm_api::state::StopReason;
@@ -75,7 +76,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             return match vmm_api::cli::print(&text) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
-                    error.print("rhyve");
+                    UsageError::from(error).print("rhyve");
                     ExitCode::from(EXIT_ERROR)
                 }
             };

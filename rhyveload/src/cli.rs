@@ -209,9 +209,7 @@ impl Cli {
             },
         })
     }
-}
 
-impl Cli {
     /// Refuses what bhyveload takes and nothing here would heed.
     fn check_bhyveload(&self) -> Result<(), clap::Error> {
         let text = match self {

@@ -73,31 +73,34 @@ pub fn parse<T: Parser>(
                 command.error(ErrorKind::InvalidValue, text),
             ));
         };
-        shown(kind.write::<T>(&mut io::stdout().lock()))?;
+        read_on(kind.write::<T>(&mut io::stdout().lock()))?;
         return Ok(Parsed::Done);
     }
     let parsed = command.try_get_matches_from_mut(args);
     match parsed.and_then(|mut matches| T::from_arg_matches_mut(&mut matches)) {
         Ok(args) => Ok(Parsed::Run(args)),
         Err(error) if error.use_stderr() => Err(UsageError::Usage(error.format(&mut command))),
-        Err(help) => shown(help.print()).map(|()| Parsed::Done),
+        Err(help) => {
+            read_on(help.print())?;
+            Ok(Parsed::Done)
+        }
     }
 }
 
-/// Prints what was asked for instead of work.
+/// Prints on standard output, all of it and at once.
 ///
 /// # Errors
-/// [`UsageError::Output`].
-pub fn print(text: &str) -> Result<(), UsageError> {
+/// Those of standard output, but for a reader who has closed the pipe.
+pub fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    shown(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+    read_on(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }
 
 /// Whoever closed the pipe (`--help | head`) has read what they wanted.
-fn shown(written: io::Result<()>) -> Result<(), UsageError> {
+fn read_on(written: io::Result<()>) -> io::Result<()> {
     match written {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(UsageError::Output(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
     }
 }
 
@@ -269,12 +272,10 @@ mod tests {
 
     #[test]
     fn a_reader_who_leaves_early_is_no_error_and_a_full_disk_is() {
-        let written = |kind: io::ErrorKind| shown(Err(kind.into()));
+        let written = |kind: io::ErrorKind| read_on(Err(kind.into()));
         assert!(written(io::ErrorKind::BrokenPipe).is_ok());
-        assert!(matches!(
-            written(io::ErrorKind::StorageFull),
-            Err(UsageError::Output(_))
-        ));
+        let full = written(io::ErrorKind::StorageFull).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! What there is to say: gathered while the work is done, printed once, as text or as JSON.
 
-use std::io::{ErrorKind, Write};
-
 use comfy_table::Table;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -142,12 +140,7 @@ impl Output {
             (true, Some(value)) => format!("{value:#}\n"),
             (true, None) => return Ok(()),
         };
-        let mut out = std::io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // Whoever closed standard output does not want to know.
-            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::Output(error)),
-            _ => Ok(()),
-        }
+        vmm_api::cli::print(&text).map_err(Error::Output)
     }
 
     /// All that was gathered, with the fields put together as a whole.

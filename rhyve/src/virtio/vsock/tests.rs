@@ -1,4 +1,4 @@
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::packet::*;
 use super::*;
 use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor, Sent};
 
