@@ -132,19 +132,14 @@ pub fn run(
     let gdb = gdb.map(|(gdb, vcpu)| GdbServer::start(gdb, &built.machine, vcpu.ram.clone()));
     let gdb = gdb.transpose()?;
 
-    // Memory is the guest's from here on. If this process is killed, what is loaded is gone.
-    state.phase = Phase::Stopped {
-        reason: StopReason::Killed,
-        detail: None,
-    };
-    vm.store(&mut state)?;
-    vm.remove_report()?;
-    let version = env!("CARGO_PKG_VERSION");
     let template = (root, state.clone());
     // The first and only time.
     let _ = built.machine.object.set(template);
+    // Before the object says that the guest has it: whoever reads that finds somebody to ask.
+    let version = env!("CARGO_PKG_VERSION");
     let server = Server::start(&vm, built.machine.clone(), "rhyve", version)?;
-    let cause = see_through(&signals, &mut vm, &mut state, built, boot_profile);
+    let cause = hand_over(&mut vm, &mut state, &built.machine)
+        .and_then(|()| see_through(&signals, &mut vm, &mut state, built, boot_profile));
     drop(gdb);
     server.stop(&vm)?;
     let cause = cause?;
@@ -152,6 +147,21 @@ pub fn run(
         vm.destroy()?;
     }
     Ok(cause)
+}
+
+/// Says that memory is the guest's from here on: if this process is killed, what is loaded is gone.
+fn hand_over(vm: &mut LockedVm, state: &mut VmState, machine: &Machine) -> Result<(), RunError> {
+    let mut killed = state.clone();
+    killed.phase = Phase::Stopped {
+        reason: StopReason::Killed,
+        detail: None,
+    };
+    // As many as there are; what became of them nobody will know.
+    let vcpus = machine.seats.len();
+    killed.vcpus.resize_with(vcpus, VcpuState::reset);
+    vm.store(&mut killed)?;
+    *state = killed;
+    Ok(vm.remove_report()?)
 }
 
 fn check(spec: &MachineSpec, state: &VmState) -> Result<(), RunError> {

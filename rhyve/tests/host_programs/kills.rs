@@ -10,7 +10,7 @@ use vmm_api::control::Client;
 use vmm_api::state::{Phase, StopReason};
 
 use crate::guests::{ENTRY, load, probe};
-use crate::support::Place;
+use crate::support::{Place, until};
 
 /// A random number that `RHYVE_TEST_SEED` repeats.
 fn seed() -> u64 {
@@ -93,10 +93,13 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
 fn a_guest_killed_while_it_ran_says_so() {
     let place = Place::new();
     load(&place, "-m 64M", &probe(&place));
-    let mut guest = place.start("");
+    let mut guest = place.start("-c 2");
     guest.console.expect("probe> ");
     guest.signal(Signal::SIGKILL);
     guest.wait();
+    // It had two vCPUs, though their last states are nowhere.
+    assert_eq!(place.state().vcpus.len(), 2);
+    place.ok("vmmctl --vm=guest0 --cpu=1 --get-rip");
     let again = place.run("rhyve guest0");
     assert_eq!(again.status, Some(4), "{again:?}");
     assert!(
@@ -106,6 +109,39 @@ fn a_guest_killed_while_it_ran_says_so() {
         "{again:?}"
     );
     assert!(place.ok("vmmctl --list").contains("killed"));
+}
+
+#[test]
+fn whoever_sees_it_run_finds_its_control_socket() {
+    let place = Place::new();
+    let kernel = probe(&place);
+    for round in 0..20 {
+        load(&place, "-m 64M", &kernel);
+        let _guest = place.start("");
+        until("the object says that the guest has it", || {
+            place.state().phase != Phase::Loaded
+        });
+        let hello = Client::connect(&place.vm()).map(|client| client.hello().vcpus);
+        assert!(matches!(hello, Ok(1)), "round {round}: {hello:?}");
+    }
+}
+
+#[test]
+fn a_vm_whose_control_socket_cannot_be_made_stays_loaded() {
+    let place = Place::new();
+    load(&place, "-m 64M", &probe(&place));
+    let in_the_way = place.vm().path().join("control.sock");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let refused = place.run("rhyve guest0");
+    assert_eq!(refused.status, Some(4), "{refused:?}");
+    assert!(
+        refused.errors.contains("control.sock: cannot remove: "),
+        "{refused:?}"
+    );
+    assert_eq!(place.state().phase, Phase::Loaded);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let mut guest = place.start("");
+    guest.console.expect("probe> ");
 }
 
 #[test]
