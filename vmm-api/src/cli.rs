@@ -153,12 +153,7 @@ impl Generate {
             Self::Man => man::write(command, out),
             Self::Completions(shell) => {
                 let name = command.get_name().to_owned();
-                // What the help describes as a group is completed one by one; a hidden letter is
-                // there to be refused.
-                command = command.mut_args(|arg| match arg.get_long() {
-                    Some(_) => arg.hide(false),
-                    None => arg,
-                });
+                command = completed(&command);
                 // Into memory first: clap_complete panics when its writer fails.
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut command, name, &mut text);
@@ -166,6 +161,23 @@ impl Generate {
                 out.write_all(complete_names(shell, &text, &command).as_bytes())
             }
         }
+    }
+}
+
+/// The command with what is to be completed. What the help describes as a group is, one by one; a
+/// hidden letter is there to be refused, and clap_complete takes no heed of what is hidden.
+fn completed(command: &Command) -> Command {
+    // clap wants it for as long as the program runs, which is not much longer.
+    let name: &'static str = command.get_name().to_owned().leak();
+    let args = command.get_arguments();
+    let args = args.filter(|arg| arg.get_long().is_some() || !arg.is_hide_set());
+    let offered = Command::new(name)
+        .disable_help_flag(command.is_disable_help_flag_set())
+        .args(args.map(|arg| arg.clone().hide(false)));
+    match command.get_version() {
+        // Without any there would be no option that shows it.
+        Some(_) => offered.version(""),
+        None => offered,
     }
 }
 
@@ -254,6 +266,9 @@ mod tests {
         /// Say nothing.
         #[arg(long, short = '?')]
         quiet: bool,
+        /// Another's, to be refused.
+        #[arg(short = 'x', hide = true)]
+        refused: bool,
         /// A thing it needs.
         thing: String,
     }
@@ -304,8 +319,17 @@ mod tests {
         assert_eq!(complete("tool g", "g", "tool"), "guest0");
         assert_eq!(complete("tool --quiet g", "g", "--quiet"), "guest0");
         assert_eq!(complete("tool --q", "--q", "tool"), "--quiet");
+        assert_eq!(
+            complete("tool -", "-", "tool"),
+            "-? -h -V --quiet --help --version"
+        );
         assert!(text(Shell::Zsh).contains(":_rhyve_vms'"));
         assert!(text(Shell::Fish).contains("complete -c tool -s '?' "));
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            // Each describes options in its own way: what is refused is in none.
+            assert!(!text(shell).contains("to be refused"), "{shell}");
+            assert!(!text(shell).contains("-x"), "{shell}");
+        }
     }
 
     #[test]
