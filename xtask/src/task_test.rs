@@ -3,8 +3,8 @@
 //!
 //! Test programs are built by Cargo and run here, each within a time limit, one at a time but for the
 //! nested lane, which takes them in pieces ([`Piece`]) and [`side_by_side`]. The name of an integration test says where it runs:
-//! `tests/host_*.rs` on any KVM, that is on this machine's /dev/kvm and in the nested lane;
-//! `tests/nested_*.rs` in the nested lane only (its tests are marked `#[ignore = "nested lane"]`, so
+//! `tests/host_*/` on any KVM, that is on this machine's /dev/kvm and in the nested lane;
+//! `tests/nested_*/` in the nested lane only (its tests are marked `#[ignore = "nested lane"]`, so
 //! that a plain `cargo test` leaves them alone); everything else without KVM. Ignored tests are always
 //! included, and a lane that cannot run is a failure with its reason and its mend.
 
