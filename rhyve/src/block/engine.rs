@@ -1,6 +1,7 @@
 //! How a queue's requests reach a backend: its channel.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -38,27 +39,32 @@ impl Engine {
         if spec.engine == AioEngine::Threads {
             return Ok(Self::Threads);
         }
-        let tried = match backend.plain() {
-            // Only whether there may be one: each queue makes its own.
-            Some(plain) => plain
-                .file
-                .try_clone()
-                .and_then(|file| Ring::new(1, file.into(), GuestMemoryMmap::new())),
-            None => Err(io::ErrorKind::Unsupported.into()),
+        let demanded = spec.engine == AioEngine::IoUring;
+        let file = match backend.plain() {
+            Some(plain) => plain.file,
+            None if demanded => return Err(BlockError::NotPlain(spec.path.clone())),
+            None => return Ok(Self::Threads),
         };
+        // Only whether there may be one: each queue makes its own.
+        let tried = file
+            .try_clone()
+            .and_then(|file| Ring::new(1, file.into(), GuestMemoryMmap::new()));
         match tried {
+            Err(source) if demanded => {
+                Err(BlockError::io("use io_uring for it", &spec.path)(source))
+            }
+            Err(_) => Ok(Self::Threads),
             // There is nothing to wait for in a file in memory: copying at once is faster.
-            Ok(_) if spec.engine == AioEngine::Auto && in_memory(backend) => Ok(Self::Threads),
+            Ok(_) if !demanded && in_memory(file) => Ok(Self::Threads),
             Ok(_) => Ok(Self::IoUring),
-            Err(_) if spec.engine == AioEngine::Auto => Ok(Self::Threads),
-            Err(source) => Err(BlockError::io("use io_uring for", &spec.path)(source)),
         }
     }
 }
 
-fn in_memory(backend: &dyn Backend) -> bool {
-    let kind = backend.plain().map(|plain| fstatfs(plain.file));
-    kind.is_some_and(|kind| kind.is_ok_and(|kind| kind.filesystem_type() == TMPFS_MAGIC))
+/// Whether a file's bytes are in memory. Those of a device are not, though its node is (devtmpfs).
+pub(super) fn in_memory(file: &File) -> bool {
+    let regular = file.metadata().is_ok_and(|file| file.is_file());
+    regular && fstatfs(file).is_ok_and(|kind| kind.filesystem_type() == TMPFS_MAGIC)
 }
 
 /// This thread's way to `backend`, for requests whose buffers are in `memory`.

@@ -201,8 +201,9 @@ pub enum BlockError {
     /// Blocks smaller than the host can transfer.
     #[error(
         "disk image {}: the host transfers blocks of {host} bytes here, not of {wanted}: \
-         write sectorsize={host}, or leave nocache out",
-        path.display()
+         write sectorsize={host}{}",
+        path.display(),
+        if *is_file { ", or leave nocache out" } else { "" }
     )]
     BlockSize {
         /// The image.
@@ -211,6 +212,8 @@ pub enum BlockError {
         wanted: u32,
         /// What the host needs.
         host: u32,
+        /// It is a regular file, which has smaller blocks without `nocache`.
+        is_file: bool,
     },
     /// It looks like qcow2, but nobody said that it is.
     #[error(
@@ -218,6 +221,18 @@ pub enum BlockError {
         .0.display()
     )]
     LooksLikeQcow2(PathBuf),
+    /// What is in it would be taken for the disk's sectors.
+    #[error(
+        "disk image {} is encrypted, which is not supported: qemu-img convert makes a plain one of it",
+        .0.display()
+    )]
+    Encrypted(PathBuf),
+    /// io_uring is asked for where there is no file whose bytes are the disk's.
+    #[error(
+        "disk image {}: io_uring serves raw images only, and no snapshot: leave aio= out",
+        .0.display()
+    )]
+    NotPlain(PathBuf),
 }
 
 impl BlockError {

@@ -3,13 +3,15 @@
 //! Every file of the chain is locked as a raw image is ([`super::raw`]): the image itself for its
 //! use, its backing files for reading.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File as Storage;
-use imago::format::PreallocateMode;
+use imago::format::{Format, PreallocateMode};
 use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -43,6 +45,7 @@ impl Qcow2 {
             .write(!read_only)
             .direct(spec.nocache);
         let storage = open_storage(path, &options, spec.sync)?;
+        refuse_encrypted(path)?;
         let image = Driver::<Storage>::builder(storage)
             .write(!read_only)
             .storage_open_options(options)
@@ -134,13 +137,36 @@ impl ImplicitOpenGate<Storage> for LockedFiles {
         &mut self,
         builder: F,
     ) -> io::Result<FormatAccess<Storage>> {
+        if F::FORMAT == Format::Qcow2
+            && let Some(path) = builder.get_image_path()
+        {
+            refuse_encrypted(&path).map_err(told)?;
+        }
         Ok(FormatAccess::new(builder.open(*self)?))
     }
 
     fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
         let path = options.get_filename().map(Path::to_owned);
         let path = path.ok_or(io::ErrorKind::InvalidFilename)?;
-        open_storage(&path, &options, self.sync).map_err(io::Error::other)
+        open_storage(&path, &options, self.sync).map_err(told)
+    }
+}
+
+/// All of it in one text: imago prints an error, and loses what it came from.
+fn told(error: BlockError) -> io::Error {
+    io::Error::other(crate::chain(&error))
+}
+
+/// imago reads and writes an encrypted image as if it were a plain one.
+fn refuse_encrypted(path: &Path) -> Result<(), BlockError> {
+    // Where the method is in a header of any version; 0 is none.
+    const METHOD: u64 = 32;
+    let mut method = [0; 4];
+    let file = File::open(path).map_err(BlockError::io("open", path))?;
+    match file.read_exact_at(&mut method, METHOD) {
+        Ok(()) if method != [0; 4] => Err(BlockError::Encrypted(path.to_owned())),
+        // What is too short is no image, which imago says.
+        _ => Ok(()),
     }
 }
 

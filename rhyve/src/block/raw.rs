@@ -335,6 +335,7 @@ fn block_size(spec: &BlockSpec, image: &Image) -> Result<(u32, u32), BlockError>
                 path: spec.path.clone(),
                 wanted: logical,
                 host: image.transfer,
+                is_file: image.metadata.is_file(),
             });
         }
         return Ok((logical, physical));

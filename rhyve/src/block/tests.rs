@@ -241,7 +241,26 @@ fn what_is_no_disk_is_refused() {
         "{not_qcow2}"
     );
     let orphan = qcow2_image(&dir, "orphan.qcow2", Some(("nowhere", "raw")));
-    assert!(crate::chain(&err(&orphan, "")).contains("nowhere"));
+    let orphan = crate::chain(&err(&orphan, ""));
+    assert!(
+        orphan.contains("nowhere: cannot find: No such file or directory"),
+        "{orphan}"
+    );
+}
+
+#[test]
+fn an_encrypted_image_is_not_taken_for_a_plain_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = qcow2_image(&dir, "secret.qcow2", None);
+    // The header's encryption method (qcow2 specification, bytes 32 to 35): LUKS.
+    let file = File::options().write(true).open(&secret).unwrap();
+    file.write_all_at(&2u32.to_be_bytes(), 32).unwrap();
+    let over = qcow2_image(&dir, "over.qcow2", Some(("secret.qcow2", "qcow2")));
+    for (path, options) in [(&secret, ""), (&secret, ",ro"), (&over, ""), (&over, ",snapshot")] {
+        let refused = open_with(path, options).err().map(|e| crate::chain(&e));
+        let why = refused.expect("plain text would be written to it");
+        assert!(why.contains("secret.qcow2 is encrypted"), "{why}");
+    }
 }
 
 #[test]
@@ -393,6 +412,25 @@ fn a_file_in_memory_is_served_by_threads() {
     assert_eq!(choose(""), engine::Engine::Threads);
     assert_eq!(choose(",aio=threads").name(), "threads");
     assert_eq!(choose(",snapshot"), engine::Engine::Threads);
+    // A device's node is in memory as well, but what it leads to is not.
+    assert!(engine::in_memory(&File::open(&path).unwrap()));
+    assert!(!engine::in_memory(&File::open("/dev/null").unwrap()));
+}
+
+#[test]
+fn who_has_no_io_uring_is_told_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = raw_image(&dir, "disk", SIZE);
+    let qcow2 = qcow2_image(&dir, "disk.qcow2", None);
+    for (path, options) in [(&raw, ",snapshot,aio=io_uring"), (&qcow2, ",aio=io_uring")] {
+        let spec = format!("{}{options}", path.display()).parse().unwrap();
+        let refused = engine::Engine::choose(&spec, &*super::open(&spec).unwrap()).unwrap_err();
+        let why = crate::chain(&refused);
+        assert!(
+            why.ends_with(": io_uring serves raw images only, and no snapshot: leave aio= out"),
+            "{why}"
+        );
+    }
 }
 
 #[test]

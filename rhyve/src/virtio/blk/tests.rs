@@ -457,7 +457,7 @@ fn what_has_no_file_of_its_own_has_no_io_uring() {
     let refused = Blk::new(&spec, block::open(&spec).unwrap(), 1)
         .err()
         .unwrap();
-    assert!(matches!(refused, BlockError::Io { .. }), "{refused}");
+    assert!(matches!(refused, BlockError::NotPlain(_)), "{refused}");
 }
 
 #[test]
