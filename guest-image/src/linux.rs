@@ -124,6 +124,8 @@ pub const LANE: Recipe = Recipe {
         "bridge",
         // What QEMU is at its best with, where the two are compared.
         "vhost_net",
+        // Block devices for the tests.
+        "null_blk",
     ],
     init: include_str!("linux/lane-init.sh"),
     qemu: true,

@@ -8,6 +8,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod blockdev;
 pub mod boot;
 pub mod capability;
 #[cfg(feature = "cli")]

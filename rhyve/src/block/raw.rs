@@ -14,7 +14,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::libc;
 use nix::sys::stat::{major, minor};
 use vm_memory::VolatileSlice;
-use vmm_api::scatter;
+use vmm_api::{blockdev, scatter};
 
 use super::{Backend, BlockError, Extent, Info, Plain, SECTOR, part, total_len};
 use crate::config::{BlockSpec, ImageFormat};
@@ -31,6 +31,8 @@ static ZEROS: Zeros = Zeros([0; 1 << 16]);
 /// A raw image.
 pub struct Raw {
     file: File,
+    /// A block device.
+    is_device: bool,
     info: Info,
     /// Bytes now: an image can grow.
     capacity: AtomicU64,
@@ -65,6 +67,7 @@ impl Raw {
         };
         let alignment = spec.nocache.then_some(image.transfer as usize);
         Ok(Self {
+            is_device: !image.metadata.is_file(),
             file: image.file,
             info,
             capacity: size.into(),
@@ -179,6 +182,9 @@ impl Backend for Raw {
     }
 
     fn discard(&self, extent: Extent) -> io::Result<()> {
+        if self.is_device {
+            return blockdev::discard(&self.file, extent.offset, extent.len);
+        }
         Ok(self.punch(extent)?)
     }
 

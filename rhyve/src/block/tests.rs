@@ -256,7 +256,12 @@ fn an_encrypted_image_is_not_taken_for_a_plain_one() {
     let file = File::options().write(true).open(&secret).unwrap();
     file.write_all_at(&2u32.to_be_bytes(), 32).unwrap();
     let over = qcow2_image(&dir, "over.qcow2", Some(("secret.qcow2", "qcow2")));
-    for (path, options) in [(&secret, ""), (&secret, ",ro"), (&over, ""), (&over, ",snapshot")] {
+    for (path, options) in [
+        (&secret, ""),
+        (&secret, ",ro"),
+        (&over, ""),
+        (&over, ",snapshot"),
+    ] {
         let refused = open_with(path, options).err().map(|e| crate::chain(&e));
         let why = refused.expect("plain text would be written to it");
         assert!(why.contains("secret.qcow2 is encrypted"), "{why}");

@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod blockdev;
 mod devices;
 mod disk;
 mod gdb;
