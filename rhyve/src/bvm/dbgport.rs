@@ -6,10 +6,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::BytePort;
-use super::byteport::PORTS;
 use vmm_api::say;
 
+use super::BytePort;
+use super::byteport::PORTS;
 use crate::bus::{InOut, IoSize, Overlap, PortBus};
 use crate::console::{Attached, Console, ConsoleError};
 

@@ -484,6 +484,50 @@ fn what_cannot_be_described_is_refused() {
     }
 }
 
+/// An integer of AML (ACPI 6.5, 20.2.3).
+fn integer(aml: &mut &[u8]) -> u32 {
+    let prefix = aml.split_off_first().unwrap();
+    let bytes = match prefix {
+        0 | 1 => return (*prefix).into(),
+        0x0a => 1,
+        0x0b => 2,
+        0x0c => 4,
+        other => panic!("{other:#x} is no integer"),
+    };
+    let bytes = aml.split_off(..bytes).unwrap();
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |all, byte| all << 8 | u32::from(*byte))
+}
+
+/// Enters a package; its number of elements (20.2.4, 20.2.5.4).
+fn package(aml: &mut &[u8]) -> u8 {
+    let [0x12, lead] = *aml.split_off(..2).unwrap() else {
+        panic!("no package");
+    };
+    aml.split_off(..usize::from(lead >> 6)).unwrap();
+    *aml.split_off_first().unwrap()
+}
+
+/// What a _PRT says: slot, pin (0 is INTA) and where it goes.
+fn routes(mut aml: &[u8]) -> Vec<(u8, u8, u8)> {
+    if aml.is_empty() {
+        return Vec::new();
+    }
+    let count = package(&mut aml);
+    let route = |_| {
+        assert_eq!(package(&mut aml), 4);
+        let [address, pin, source, gsi] = std::array::from_fn(|_| integer(&mut aml));
+        assert_eq!((address & 0xffff, source), (0xffff, 0));
+        ((address >> 16) as u8, pin as u8, gsi as u8)
+    };
+    let mut routes: Vec<_> = (0..count).map(route).collect();
+    assert!(aml.is_empty());
+    routes.sort_unstable();
+    routes
+}
+
 fn any_spec() -> impl Strategy<Value = FirmwareSpec> {
     let era = prop_oneof![Just(Era::Y2012), Just(Era::Y2014), Just(Era::Today)];
     let memory = (0x100..=LOWMEM_LIMIT >> 12, 0..=(1u64 << 46) >> 12);
@@ -552,6 +596,19 @@ proptest! {
 
         let mut names = BTreeMap::new();
         aml_names(bios.aml(), "", &mut names);
+        if spec.era != Era::Y2012 {
+            // Both tables lead a pin to the same input.
+            let mut listed: Vec<_> = entries[&3].iter().filter(|entry| entry[4] < 2).collect();
+            listed.sort();
+            let listed = listed.iter().map(|e| (e[4], e[5] >> 2, e[5] & 3, e[7]));
+            let routed = (0..2).flat_map(|bus| {
+                let table = names.get(&format!("_SB_.PC{bus:02X}._PRT"));
+                routes(table.map_or(&[][..], Vec::as_slice))
+                    .into_iter()
+                    .map(move |(slot, pin, gsi)| (bus, slot, pin, gsi))
+            });
+            prop_assert!(listed.eq(routed));
+        }
         let coms = names.keys().filter(|name| name.starts_with("_SB_.COM")).count();
         prop_assert_eq!(coms, spec.com.len() * 3);
         for (_, buffer) in names.iter().filter(|(name, _)| name.ends_with("_CRS")) {

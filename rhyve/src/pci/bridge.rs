@@ -136,6 +136,7 @@ mod tests {
         assert_eq!(word(at + 2), kind);
         assert_eq!(word(at + 12), 0x411);
     }
+
     #[test]
     fn the_one_to_isa_shows_where_interrupts_go() {
         let bridge = Bridge::isa([10, 11, 5, 10, 11, 5, 10, 11]);
