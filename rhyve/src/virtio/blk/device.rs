@@ -1,7 +1,7 @@
 //! The device: configuration, and a worker for each queue its driver has set up.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -62,7 +62,8 @@ pub struct Blk {
     engine: Engine,
     image: Option<WrittenDisk>,
     queue_sizes: Vec<u16>,
-    generation: AtomicU8,
+    /// Held while the size changes and while the configuration is read.
+    generation: Mutex<u8>,
     running: Mutex<Running>,
 }
 
@@ -98,7 +99,7 @@ impl Blk {
             engine,
             image: spec.written((info.logical, info.physical)),
             queue_sizes: vec![config::QUEUE_SIZE; queues.into()],
-            generation: AtomicU8::new(0),
+            generation: Mutex::default(),
             running: Mutex::default(),
         }))
     }
@@ -129,8 +130,11 @@ impl Blk {
     /// # Errors
     /// Those of [`Backend::resize`]; the disk is as large as before then.
     pub fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
-        self.shared.backend.resize(capacity)?;
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        {
+            let mut generation = self.generation();
+            self.shared.backend.resize(capacity)?;
+            *generation = generation.wrapping_add(1);
+        }
         if let Some(interrupts) = &self.running().interrupts {
             interrupts.signal_config();
         }
@@ -139,6 +143,12 @@ impl Blk {
 
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn generation(&self) -> MutexGuard<'_, u8> {
+        self.generation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn queues(&self) -> u16 {
@@ -186,6 +196,7 @@ impl VirtioDevice for Blk {
     }
 
     fn config_read(&self, offset: usize, data: &mut [u8]) {
+        let _generation = self.generation();
         let writeback = self.shared.writeback.load(Ordering::SeqCst);
         let space = config::space(&self.info(), self.queues(), writeback);
         for (to, from) in data.iter_mut().zip(space.iter().skip(offset)) {
@@ -201,7 +212,7 @@ impl VirtioDevice for Blk {
     }
 
     fn config_generation(&self) -> u8 {
-        self.generation.load(Ordering::SeqCst)
+        *self.generation()
     }
 
     fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
@@ -300,7 +311,7 @@ impl Lifecycle for Blk {
         let saved = Saved {
             capacity: self.info().capacity,
             writeback: self.shared.writeback.load(Ordering::SeqCst),
-            generation: self.generation.load(Ordering::SeqCst),
+            generation: *self.generation(),
         };
         lifecycle::save(self.name(), 1, &saved)
     }
@@ -317,7 +328,7 @@ impl Lifecycle for Blk {
         self.shared
             .writeback
             .store(saved.writeback, Ordering::SeqCst);
-        self.generation.store(saved.generation, Ordering::SeqCst);
+        *self.generation() = saved.generation;
         Ok(())
     }
 }

@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -490,6 +491,68 @@ fn a_disk_grows_under_its_driver() {
     assert_eq!(capacity(&rig), 3 * SECTORS);
     let snapshot = Rig::new(",snapshot").device.resize(None).unwrap_err();
     assert_eq!(snapshot.kind(), io::ErrorKind::Unsupported);
+}
+
+/// A disk whose size has changed for a while before `resize` returns.
+struct Growing {
+    size: AtomicU64,
+    grown: Barrier,
+}
+
+impl Backend for Growing {
+    fn info(&self) -> Info {
+        Info {
+            capacity: self.size.load(Relaxed),
+            logical: 512,
+            physical: 512,
+            read_only: true,
+            discard: false,
+        }
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<()> {
+        self.size.store(capacity.unwrap(), Relaxed);
+        self.grown.wait();
+        std::thread::sleep(Duration::from_millis(50));
+        Ok(())
+    }
+
+    fn read(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write(&self, _: u64, _: &[VolatileSlice<'_>], _: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _: Extent) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _: Extent, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Or a driver, which reads 64 bits in two halves, would take two halves for one (2.5.1).
+#[test]
+fn a_new_size_comes_with_a_new_generation() {
+    let (size, grown) = (AtomicU64::new(SIZE as u64), Barrier::new(2));
+    let backend = Arc::new(Growing { size, grown });
+    let disk = Blk::new(&"disk".parse().unwrap(), backend.clone(), 1).unwrap();
+    let before = disk.config_generation();
+    std::thread::scope(|scope| {
+        scope.spawn(|| disk.resize(Some(SIZE as u64 * 2)).unwrap());
+        backend.grown.wait();
+        let mut sectors = [0; 8];
+        disk.config_read(0, &mut sectors);
+        assert_eq!(u64::from_le_bytes(sectors), 2 * SECTORS);
+        assert_ne!(disk.config_generation(), before);
+    });
 }
 
 #[test]

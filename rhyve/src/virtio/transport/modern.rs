@@ -134,7 +134,7 @@ fn set_driver_features(core: &mut Core, value: u64) {
     let (mask, value) = match core.driver_feature_select {
         0 => (0xffff_ffff, value),
         1 => (0xffff_ffff << 32, value << 32),
-        // There are none, and a driver that wants some gets no FEATURES_OK.
+        // There are none to be taken.
         _ => return,
     };
     if core.negotiating() {
