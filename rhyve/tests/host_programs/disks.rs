@@ -107,6 +107,105 @@ fn on_another_bus_a_single_message_tells_of_each_answer() {
 }
 
 #[test]
+fn a_file_that_shrinks_under_the_guest_is_its_io_error() {
+    for engine in ["threads", "io_uring"] {
+        let place = Place::new();
+        let path = disk(&place, "disk.img");
+        let run = format!("-s 2,virtio-blk,{},aio={engine}", path.display());
+        let (mut guest, _) = start_probe(&place, &run);
+        let shown = format!("disk.img: 1MB (2048 512 byte sectors), {engine}\n");
+        guest.errors.expect(&shown);
+        let mut check = |command: &str, answer: &str| {
+            let found = ask(&mut guest, command);
+            assert!(found.contains(answer), "{engine}, {command}: {found}");
+        };
+        check("blk modern", "sectors 2048");
+        check("blk write 0 8 1", "write 8 ok");
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(4 * 512).unwrap();
+        check("blk read 4 1 1", "FAILED (I/O error)");
+        check("blk read 0 4 1", "read 4 ok");
+        // A write makes the file longer again.
+        check("blk write 7 1 1", "write 1 ok");
+        check("blk read 7 1 1", "read 1 ok");
+        check("blk flush", "flush ok");
+        let devices = place.ok("vmmctl --vm=guest0 --get-devices");
+        assert!(devices.contains("1 host errors"), "{devices}");
+        guest.console.send("poweroff");
+        let ended = guest.wait();
+        assert_eq!(ended.status, Some(1));
+        assert!(ended.errors.contains("disk.img: read: "), "{ended:?}");
+    }
+}
+
+#[test]
+fn disks_of_each_kind_become_larger_or_say_why_not() {
+    let place = Place::new();
+    let [raw, base, thrown] = ["raw", "base", "thrown"].map(|name| disk(&place, name));
+    let over = place.path("over.qcow2");
+    let backing = format!("backing_file={},backing_fmt=raw", base.display());
+    qemu_img(
+        &["create", "-q", "-f", "qcow2", "-o", &backing],
+        &[&over],
+        "1M",
+    );
+    let run = format!(
+        "-s 2,virtio-blk,{} -s 3,virtio-blk,{} -s 4,virtio-blk,{},snapshot -s 5,virtio-rnd",
+        raw.display(),
+        over.display(),
+        thrown.display()
+    );
+    let (mut guest, _) = start_probe(&place, &run);
+    for (slot, number) in [(2, 0), (3, 1)] {
+        place.ok(&format!("vmmctl --vm=guest0 --set-disk={slot}=2M"));
+        for (command, answer) in [
+            (format!("modern {number}"), "sectors 4096"),
+            (format!("write 4000 90 {slot}"), "write 90 ok"),
+            (format!("read 4000 90 {slot}"), "read 90 ok"),
+            ("flush".into(), "flush ok"),
+        ] {
+            let found = ask(&mut guest, &format!("blk {command}"));
+            assert!(found.contains(answer), "{slot}: {command}: {found}");
+        }
+    }
+    for (change, why) in [
+        (
+            "2=1M",
+            "a disk only grows, by whole blocks: it has 2097152 bytes in blocks of 512",
+        ),
+        ("4=2M", "another size of this disk than 1048576 bytes"),
+        ("5=2M", "there is no disk at 0:5:0: see --get-devices"),
+    ] {
+        let refused = place.run(&format!("vmmctl --vm=guest0 --set-disk={change}"));
+        assert!(refused.errors.contains(why), "{change}: {refused:?}");
+    }
+    // What is thrown away is, and what an image is based on stays as it was.
+    for (command, answer) in [
+        ("modern 2", "ok"),
+        ("write 0 9 1", "ok"),
+        ("read 0 9 1", "ok"),
+    ] {
+        let found = ask(&mut guest, &format!("blk {command}"));
+        assert!(
+            found.contains(answer) && !found.contains("FAILED"),
+            "{command}: {found}"
+        );
+    }
+    guest.console.send("poweroff");
+    assert_eq!(guest.wait().status, Some(1));
+    assert_eq!(raw.metadata().unwrap().len(), 2 << 20);
+    assert!(holds(&raw, 4089, 2));
+    for untouched in [&base, &thrown] {
+        let bytes = std::fs::read(untouched).unwrap();
+        assert!(bytes.len() == 1 << 20 && bytes.iter().all(|byte| *byte == 0));
+    }
+    qemu_img(&["check", "-q"], &[&over], "");
+    let flat = place.path("flat");
+    qemu_img(&["convert", "-O", "raw"], &[&over, &flat], "");
+    assert!(holds(&flat, 4089, 3));
+}
+
+#[test]
 fn what_a_flush_returned_for_is_in_the_image_after_kill_9() {
     let place = Place::new();
     let kernel = probe(&place);

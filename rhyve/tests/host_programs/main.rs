@@ -18,6 +18,7 @@ mod hosts;
 mod kills;
 mod looks;
 mod memory;
+mod pci;
 mod refusals;
 mod reports;
 mod steps;
