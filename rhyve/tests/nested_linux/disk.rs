@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::root::{output, tool};
 use super::support::{Place, Tmpfs};
 use super::{boot, ends, shell};
 
@@ -56,22 +57,33 @@ fn a_full_host_is_the_guests_io_error_and_passes() {
     let _mounted = Tmpfs::mount(&small, "16m");
     let disk = small.join("disk.img");
     File::create(&disk).unwrap().set_len(SIZE).unwrap();
-    let run = format!("-s 2,virtio-blk,{}", disk.display());
-    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
-    let write = "dd if=/dev/zero of=/dev/vda bs=1M count=32 conv=fsync 2>&1 | grep -c error";
-    shell(&mut guest, "dmesg -n 1");
-    assert_eq!(shell(&mut guest, write), "1");
-    // Giving space back makes room.
-    assert_eq!(
-        shell(&mut guest, "blkdiscard /dev/vda && echo given"),
-        "given"
+    let layer = small.join("disk.qcow2");
+    output(
+        tool("qemu-img")
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(&layer)
+            .arg("64M"),
     );
-    let sums = shell(&mut guest, WRITE_AND_READ);
-    let (written, read) = sums.split_once('\n').unwrap();
-    assert_eq!(written, read);
+    let (raw, qcow2) = (disk.display(), layer.display());
+    let run = format!("-s 2,virtio-blk,{raw} -s 3,virtio-blk,{qcow2}");
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
+    shell(&mut guest, "dmesg -n 1");
+    for disk in ["/dev/vda", "/dev/vdb"] {
+        let write = format!("dd if=/dev/zero of={disk} bs=1M count=32 conv=fsync 2>&1");
+        let failed = shell(&mut guest, &format!("{write} | grep -c error"));
+        assert_eq!(failed, "1", "{disk}");
+        // Giving space back makes room.
+        let given = shell(&mut guest, &format!("blkdiscard {disk} && echo given"));
+        assert_eq!(given, "given", "{disk}");
+        let sums = shell(&mut guest, &WRITE_AND_READ.replace("/dev/vda", disk));
+        let (written, read) = sums.split_once('\n').unwrap();
+        assert_eq!(written, read, "{disk}");
+        shell(&mut guest, "blkdiscard /dev/vda");
+    }
     let ended = ends(&mut guest, "poweroff -f", 1);
     assert!(
         ended.errors.contains("No space left on device"),
         "{ended:?}"
     );
+    output(tool("qemu-img").args(["check", "-q"]).arg(&layer));
 }

@@ -11,7 +11,7 @@ use super::support::{self, Place, Process, until};
 use super::{ends, image, random, shell};
 
 /// Debian's e2fsprogs and qemu-img, wherever they are.
-fn tool(program: &str) -> Command {
+pub fn tool(program: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("env");
     command
@@ -20,7 +20,7 @@ fn tool(program: &str) -> Command {
     command
 }
 
-fn output(command: &mut Command) -> Output {
+pub fn output(command: &mut Command) -> Output {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {output:?}");
     output
