@@ -63,11 +63,11 @@ fn build() -> Result<(), Box<dyn Error>> {
         run(link.arg(&module).arg(&object))?;
         brand(&module, 20)?;
     }
-    program(
-        "vsock",
-        &guests.join("vsock/main.rs"),
-        &out.join("vsock.elf"),
-    )
+    for name in ["vsock", "rings"] {
+        let source = guests.join(format!("{name}/main.rs"));
+        program(name, &source, &out.join(format!("{name}.elf")))?;
+    }
+    Ok(())
 }
 
 /// Compiles and links a program for Linux guests, which needs nothing of theirs.

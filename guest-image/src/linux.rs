@@ -105,8 +105,17 @@ pub const FULL: Recipe = Recipe {
     qemu: false,
 };
 
-/// A program for guests that busybox lacks.
-const VSOCK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vsock.elf"));
+/// Programs for guests that busybox lacks.
+const PROGRAMS: [(&str, &[u8]); 2] = [
+    (
+        "vsock",
+        include_bytes!(concat!(env!("OUT_DIR"), "/vsock.elf")),
+    ),
+    (
+        "rings",
+        include_bytes!(concat!(env!("OUT_DIR"), "/rings.elf")),
+    ),
+];
 
 /// The host of the nested lane: Debian's ordinary kernel (the one for virtual machines has no 9p),
 /// KVM, and the QEMU to run it in.
@@ -218,7 +227,9 @@ pub fn make(recipe: &Recipe, root: Root, out: &Path, cache: &Path) -> Result<Ima
     }
     archive.file("init", 0o755, recipe.init);
     if !recipe.qemu {
-        archive.file("bin/vsock", 0o755, VSOCK);
+        for (name, program) in PROGRAMS {
+            archive.file(&format!("bin/{name}"), 0o755, program);
+        }
     }
     let mut order = String::new();
     for module in modules {

@@ -7,17 +7,10 @@
 #![no_std]
 #![no_main]
 
-use core::arch::{asm, global_asm};
+#[path = "../linux/sys.rs"]
+mod sys;
 
-global_asm!(
-    ".globl _start",
-    "_start:",
-    "xor ebp, ebp",
-    "mov rdi, rsp",
-    "and rsp, -16",
-    "call {entry}",
-    entry = sym entry,
-);
+use sys::{call, exit, number};
 
 /// System calls (arch/x86/entry/syscalls/syscall_64.tbl).
 const READ: usize = 0;
@@ -28,7 +21,6 @@ const ACCEPT: usize = 43;
 const SHUTDOWN: usize = 48;
 const BIND: usize = 49;
 const LISTEN: usize = 50;
-const EXIT: usize = 60;
 
 /// vsock(7).
 const AF_VSOCK: u16 = 40;
@@ -59,30 +51,6 @@ impl Address {
     }
 }
 
-fn call(number: usize, a: usize, b: usize, c: usize) -> usize {
-    let result: isize;
-    // SAFETY: the calls made here read and write nothing but what their arguments point to.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") number => result,
-            in("rdi") a, in("rsi") b, in("rdx") c,
-            lateout("rcx") _, lateout("r11") _,
-        );
-    }
-    match usize::try_from(result) {
-        Ok(result) => result,
-        Err(_) => exit(1),
-    }
-}
-
-fn exit(status: usize) -> ! {
-    loop {
-        // SAFETY: it does not return.
-        unsafe { asm!("syscall", in("rax") EXIT, in("rdi") status, options(noreturn)) }
-    }
-}
-
 /// What is on its way. Only its address is taken.
 static mut BYTES: [u8; 4096] = [0; 4096];
 
@@ -109,16 +77,8 @@ extern "C" fn entry(stack: *const usize) -> ! {
         exit(2);
     }
     let [verb, digits] = words.map(|word| word as *const u8);
-    let mut port = 0u32;
-    let mut at = digits;
-    // SAFETY: as above; the loop ends at the zero.
-    let verb = unsafe {
-        while *at != 0 {
-            port = port * 10 + u32::from(*at - b'0');
-            at = at.add(1);
-        }
-        *verb
-    };
+    // SAFETY: as above.
+    let (verb, port) = unsafe { (*verb, number(digits)) };
     let socket = call(SOCKET, AF_VSOCK.into(), SOCK_STREAM, 0);
     let size = size_of::<Address>();
     if verb == b'l' {
@@ -135,9 +95,4 @@ extern "C" fn entry(stack: *const usize) -> ! {
         copy(socket, 1);
     }
     exit(0)
-}
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    exit(3)
 }

@@ -10,6 +10,7 @@ mod gdb;
 mod looks;
 mod net;
 mod random;
+mod rings;
 mod root;
 #[path = "../support/mod.rs"]
 mod support;
