@@ -80,8 +80,8 @@ pub enum BuildError {
     /// A device lacks something of the host.
     #[error("{device}")]
     Device {
-        /// What `-s` calls it.
-        device: &'static str,
+        /// What `-s` calls it and where it is, and its end on the host.
+        device: String,
         /// What it lacks.
         source: DeviceError,
     },

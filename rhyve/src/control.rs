@@ -9,6 +9,7 @@ use vmm_api::control::{Change, ControlTarget, Event, Refusal, RtcState, RunPhase
 use vmm_api::exit::ExitKind;
 use vmm_api::inspect::{DeviceDetail, MachineDetail, MemoryMap, Region, VcpuDetail};
 use vmm_api::kvm::{KvmError, KvmVcpu};
+use vmm_api::memory::MemSize;
 use vmm_api::profile::ExitStats;
 use vmm_api::regs::Registers;
 use vmm_api::state::Activity;
@@ -209,6 +210,12 @@ impl ControlTarget for Machine {
             let why = "the guest has no balloon: run it with -s SLOT,virtio-balloon";
             return Err(Refusal::Unsupported(why.into()));
         };
+        let most = self.layout.total();
+        if bytes > most {
+            let (most, wanted) = (MemSize(most), MemSize(bytes));
+            let why = format!("the guest has {most}, and cannot lend {wanted}");
+            return Err(Refusal::Unsupported(why));
+        }
         balloon.set_target(bytes);
         Ok(())
     }

@@ -23,10 +23,17 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
         }
     }
     let listener = UnixListener::bind(path)?;
-    let file = SocketFile(path.to_owned());
+    let file = SocketFile::of(path);
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok((listener, file))
+}
+
+impl SocketFile {
+    /// The place of a socket that was bound to `path` just now.
+    pub fn of(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
 }
 
 impl Drop for SocketFile {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use vmm_api::name::VmName;
@@ -30,7 +31,7 @@ use crate::virtio::net::Net;
 use crate::virtio::p9::P9;
 use crate::virtio::transport::{self, Transport, VirtioPci};
 use crate::virtio::vsock::Vsock;
-use crate::virtio::{Rnd, Vintage, VirtioDevice};
+use crate::virtio::{DeviceError, Rnd, Vintage, VirtioDevice};
 
 /// Where bhyve had its configuration space in memory (sys/amd64/vmm, usr.sbin/bhyve/pci_emul.c).
 const ECAM_BASE: u32 = 0xe000_0000;
@@ -195,7 +196,8 @@ impl Backplane<'_> {
                 self.virtio(slot.address, blk, *transport)?
             }
             SlotDevice::VirtioNet(spec) => {
-                let backend = net::open(spec)?;
+                let (backend, file) = net::open(spec)?;
+                self.plugged.sockets.extend(file);
                 let (address, label) = (slot.address, &backend.info().label);
                 let custom = || MacAddress::customary(self.vm, address);
                 let mac = spec.mac.unwrap_or_else(custom);
@@ -232,26 +234,17 @@ impl Backplane<'_> {
                 self.virtio(slot.address, balloon, spec.transport)?
             }
             SlotDevice::Virtio9p(spec) => {
-                let p9 = P9::new(spec).map_err(|source| BuildError::Device {
-                    device: slot.device.name(),
-                    source,
-                })?;
+                let p9 = P9::new(spec).map_err(lacks(slot, &spec.path))?;
                 self.virtio(slot.address, p9, spec.transport)?
             }
             SlotDevice::VirtioVsock(spec) => {
-                let (vsock, file) = Vsock::new(spec).map_err(|source| BuildError::Device {
-                    device: slot.device.name(),
-                    source,
-                })?;
+                let (vsock, file) = Vsock::new(spec).map_err(lacks(slot, &spec.path))?;
                 self.plugged.sockets.push(file);
                 self.virtio(slot.address, vsock, Transport::Modern)?
             }
             SlotDevice::VirtioRnd(RndSpec { transport, rate }) => {
                 let rnd = Rnd::new(self.board.mevent.clone(), *rate);
-                let rnd = rnd.map_err(|source| BuildError::Device {
-                    device: slot.device.name(),
-                    source,
-                })?;
+                let rnd = rnd.map_err(lacks(slot, Path::new("/dev/urandom")))?;
                 self.virtio(slot.address, rnd, *transport)?
             }
         })
@@ -327,6 +320,13 @@ impl Backplane<'_> {
         });
         Ok(function)
     }
+}
+
+/// What a device lacks of the host, of which the error says no more than what was tried.
+fn lacks(slot: &SlotSpec, end: &Path) -> impl FnOnce(DeviceError) -> BuildError {
+    let (name, address, end) = (slot.device.name(), slot.address, end.display());
+    let device = format!("{name} at {address}: {end}");
+    move |source| BuildError::Device { device, source }
 }
 
 impl Board<'_> {

@@ -137,7 +137,7 @@ pub struct VsockSpec {
 }
 
 impl VsockSpec {
-    /// Reads `path=SOCKET[,cid=N]`.
+    /// Reads `path=SOCKET[,cid=N][,virtio=modern]`.
     ///
     /// # Errors
     /// [`SlotError::Option`], [`SlotError::Value`] and [`SlotError::Wanted`].
@@ -158,11 +158,16 @@ impl VsockSpec {
                         .filter(|cid| (3..u32::MAX).contains(cid))
                         .ok_or_else(|| bad("cid", value, "a number from 3 to 4294967294"))?;
                 }
+                "virtio" if transport(value)? != Transport::Modern => {
+                    let wanted = "modern, for there are no older registers of this device";
+                    return Err(bad("virtio", value, wanted));
+                }
+                "virtio" => {}
                 _ => {
                     return Err(SlotError::Option {
                         device: "virtio-vsock",
                         option: name.to_owned(),
-                        known: "path=SOCKET and cid=N",
+                        known: "path=SOCKET, cid=N and virtio=modern",
                     });
                 }
             }
@@ -279,12 +284,16 @@ mod tests {
         );
         let vsock = VsockSpec::parse("path=/run/v,cid=7").unwrap();
         assert_eq!((vsock.cid, vsock.path), (7, "/run/v".into()));
+        assert!(VsockSpec::parse("path=/run/v,virtio=modern").is_ok());
         let share = ShareSpec::parse("src=/usr/src,ro").unwrap();
         assert_eq!((&*share.tag, share.read_only), ("src", true));
         let errors = [
             BalloonSpec::parse("reporting=1").unwrap_err().to_string(),
             VsockSpec::parse("cid=3").unwrap_err().to_string(),
             VsockSpec::parse("path=a,cid=2").unwrap_err().to_string(),
+            VsockSpec::parse("path=a,virtio=legacy")
+                .unwrap_err()
+                .to_string(),
             ShareSpec::parse("ro").unwrap_err().to_string(),
             ShareSpec::parse("a=/b,c=/d").unwrap_err().to_string(),
         ];
@@ -294,6 +303,7 @@ mod tests {
                 "reporting= is on or off, not '1'",
                 "virtio-vsock is given by path=SOCKET, where the host's end is to be, not by 'cid=3'",
                 "cid= is a number from 3 to 4294967294, not '2'",
+                "virtio= is modern, for there are no older registers of this device, not 'legacy'",
                 "virtio-9p is given by TAG=DIRECTORY, as in src=/usr/src, not by 'ro'",
                 "virtio-9p has no option 'c': there are one TAG=DIRECTORY, ro and \
                  virtio=legacy|modern|transitional",

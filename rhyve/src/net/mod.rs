@@ -20,6 +20,7 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 use crate::config::{NetBackend, NetSpec};
+use crate::unix_socket::SocketFile;
 
 mod ifreq;
 pub mod pcap;
@@ -189,12 +190,13 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// Opens what a card is plugged into.
+/// Opens what a card is plugged into, and says where it can be found if that is to go with the machine.
 ///
 /// # Errors
 /// [`NetError`].
-pub fn open(spec: &NetSpec) -> Result<Arc<dyn Backend>, NetError> {
+pub fn open(spec: &NetSpec) -> Result<(Arc<dyn Backend>, Option<SocketFile>), NetError> {
     let queues = spec.queues.get();
+    let mut file = None;
     let backend: Arc<dyn Backend> = match &spec.backend {
         NetBackend::Tap { name, bridge } => {
             let tap = tap::Tap::open(name.as_deref(), queues)?;
@@ -203,17 +205,21 @@ pub fn open(spec: &NetSpec) -> Result<Arc<dyn Backend>, NetError> {
         }
         NetBackend::Fds(fds) => Arc::new(tap::Tap::inherit(fds)?),
         NetBackend::User(user) => Arc::new(user::User::start(user, spec.mtu)?),
-        NetBackend::Listen(path) => Arc::new(socket::Socket::listen(path)?),
-        NetBackend::Connect(path) => Arc::new(socket::Socket::connect(path)),
+        NetBackend::Listen(path) => {
+            let (socket, place) = socket::Socket::listen(path)?;
+            file = Some(place);
+            Arc::new(socket)
+        }
+        NetBackend::Connect(path) => Arc::new(socket::Socket::connect(path)?),
     };
     let Some(path) = &spec.pcap else {
-        return Ok(backend);
+        return Ok((backend, file));
     };
     let error = |source| NetError::Pcap {
         path: path.clone(),
         source,
     };
-    let file = File::create(path).map_err(error)?;
-    let recorded = pcap::Recorded::new(backend, file).map_err(error)?;
-    Ok(Arc::new(recorded))
+    let record = File::create(path).map_err(error)?;
+    let recorded = pcap::Recorded::new(backend, record).map_err(error)?;
+    Ok((Arc::new(recorded), file))
 }

@@ -20,9 +20,12 @@ use vm_memory::VolatileSlice;
 use vmm_api::scatter;
 
 use super::{Backend, Info, NetError, Port, Wait, ifreq};
+use crate::unix_socket::SocketFile;
 
 /// How long a connecting end waits before it tries again.
 const AGAIN: Duration = Duration::from_millis(200);
+
+const CONNECT: &str = "connect there";
 
 /// One end of a wire.
 pub struct Socket {
@@ -37,18 +40,12 @@ struct End {
 }
 
 impl Socket {
-    /// The end that waits at `path`.
+    /// The end that waits at `path`, as long as that is there.
     ///
     /// # Errors
     /// [`NetError::Socket`]. A socket there at which nobody listens any more is replaced.
-    pub fn listen(path: &Path) -> Result<Self, NetError> {
-        let error = |action| {
-            move |errno: Errno| NetError::Socket {
-                path: path.to_owned(),
-                action,
-                source: errno.into(),
-            }
-        };
+    pub fn listen(path: &Path) -> Result<(Self, SocketFile), NetError> {
+        let error = |action| fault(path, action);
         let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
         if is_socket && try_connect(path).err() == Some(Errno::ECONNREFUSED) {
             // Whatever comes of it: bind says.
@@ -57,15 +54,28 @@ impl Socket {
         let listener = new_socket().map_err(error("make a socket"))?;
         let address = UnixAddr::new(path).map_err(error("use that path"))?;
         bind(listener.as_raw_fd(), &address).map_err(error("listen there"))?;
+        let file = SocketFile::of(path);
         listen(&listener, Backlog::new(1).unwrap_or(Backlog::MAXCONN))
             .map_err(error("listen there"))?;
-        Ok(Self::new(path, Some(Arc::new(listener)), None, "listening"))
+        let socket = Self::new(path, Some(Arc::new(listener)), None, "listening");
+        Ok((socket, file))
     }
 
     /// The end that connects to `path`, as soon as somebody listens there.
-    pub fn connect(path: &Path) -> Self {
-        let peer = try_connect(path).ok();
-        Self::new(path, None, peer, "connecting")
+    ///
+    /// # Errors
+    /// [`NetError::Socket`]: what is there will never be the other end.
+    pub fn connect(path: &Path) -> Result<Self, NetError> {
+        UnixAddr::new(path).map_err(fault(path, "use that path"))?;
+        let there = fs::metadata(path).is_ok_and(|file| !file.file_type().is_socket());
+        let peer = match try_connect(path) {
+            Ok(peer) => Some(peer),
+            Err(Errno::ECONNREFUSED) if there => return Err(fault(path, CONNECT)(Errno::ENOTSOCK)),
+            // It has not come yet, has gone, or has another end.
+            Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN) => None,
+            Err(errno) => return Err(fault(path, CONNECT)(errno)),
+        };
+        Ok(Self::new(path, None, peer, "connecting"))
     }
 
     fn new(path: &Path, listener: Option<Arc<OwnedFd>>, peer: Option<OwnedFd>, role: &str) -> Self {
@@ -80,6 +90,15 @@ impl Socket {
                 peer: Mutex::new(peer.map(Arc::new)),
             }),
         }
+    }
+}
+
+fn fault(path: &Path, action: &'static str) -> impl FnOnce(Errno) -> NetError {
+    let path = path.to_owned();
+    move |errno| NetError::Socket {
+        path,
+        action,
+        source: errno.into(),
     }
 }
 
@@ -172,14 +191,6 @@ impl Port for End {
                 Some(Errno::EMSGSIZE) => Err(io::ErrorKind::InvalidInput.into()),
                 _ => Err(error),
             },
-        }
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        if self.listener.is_some() {
-            let _ = fs::remove_file(&self.path);
         }
     }
 }

@@ -17,7 +17,7 @@ fn spec(conf: &str) -> NetSpec {
 
 fn error(conf: &str) -> String {
     match open(&spec(conf)) {
-        Ok(backend) => panic!("{conf}: {:?}", backend.info()),
+        Ok((backend, _)) => panic!("{conf}: {:?}", backend.info()),
         Err(error) => crate::chain(&error),
     }
 }
@@ -36,13 +36,17 @@ fn hear(port: &dyn Port) -> Vec<u8> {
     }
 }
 
-/// Both ends of a wire at `path`, connected.
-fn wire(path: &Path) -> [Arc<dyn Port>; 2] {
-    let ends = ["connect", "listen"].map(|end| {
-        let backend = open(&spec(&format!("socket,{end}={}", path.display()))).unwrap();
-        assert!(!backend.info().header && backend.port(1).is_none());
-        backend.port(0).unwrap()
-    });
+/// An end of a wire at `path`, and the place where it listens.
+fn end(end: &str, path: &Path) -> (Arc<dyn Port>, Option<SocketFile>) {
+    let (backend, file) = open(&spec(&format!("socket,{end}={}", path.display()))).unwrap();
+    assert!(!backend.info().header && backend.port(1).is_none());
+    (backend.port(0).unwrap(), file)
+}
+
+/// Both ends of a wire at `path`, connected, and that place.
+fn wire(path: &Path) -> ([Arc<dyn Port>; 2], SocketFile) {
+    let [(connecting, _), (listening, file)] = ["connect", "listen"].map(|e| end(e, path));
+    let ends = [connecting, listening];
     for (from, to) in [(0, 1), (1, 0)] {
         let end = Instant::now() + Duration::from_secs(10);
         // What is sent before they have met is lost; then one end has to look first.
@@ -53,14 +57,14 @@ fn wire(path: &Path) -> [Arc<dyn Port>; 2] {
         }
         while ends[to].receive(&slices(&mut [0; 100])).is_ok() {}
     }
-    ends
+    (ends, file.unwrap())
 }
 
 #[test]
 fn a_wire_keeps_frames_apart_and_both_ends_may_come_back() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("wire");
-    let [connecting, listening] = wire(&path);
+    let ([connecting, listening], file) = wire(&path);
     for len in [60, 1514] {
         connecting.send(&slices(&mut vec![1; len])).unwrap();
     }
@@ -76,21 +80,19 @@ fn a_wire_keeps_frames_apart_and_both_ends_may_come_back() {
     let gone = listening.receive(&slices(&mut bytes)).unwrap_err();
     assert_eq!(gone.kind(), io::ErrorKind::WouldBlock);
     listening.send(&slices(&mut [3; 60])).unwrap();
-    let back = open(&spec(&format!("socket,connect={}", path.display()))).unwrap();
-    let back = back.port(0).unwrap();
+    let (back, _) = end("connect", &path);
     back.send(&slices(&mut [4; 60])).unwrap();
     assert_eq!(hear(&*listening), [4; 60]);
-    drop(listening);
+    drop((listening, file));
     assert!(!path.exists());
     assert!(back.wait().timeout.is_none());
     assert!(back.receive(&slices(&mut bytes)).is_err());
     assert!(back.wait().fd.is_none() && back.wait().timeout.is_some());
-    let end = open(&spec(&format!("socket,listen={}", path.display()))).unwrap();
-    let end = end.port(0).unwrap();
+    let (again, _file) = end("listen", &path);
     assert!(back.receive(&slices(&mut bytes)).is_err(), "it tries");
-    assert!(end.receive(&slices(&mut bytes)).is_err(), "and is heard");
+    assert!(again.receive(&slices(&mut bytes)).is_err(), "and is heard");
     back.send(&slices(&mut [5; 60])).unwrap();
-    assert_eq!(hear(&*end), [5; 60]);
+    assert_eq!(hear(&*again), [5; 60]);
 }
 
 #[test]
@@ -111,8 +113,18 @@ fn a_place_that_another_has_is_refused_and_a_ghost_replaced() {
     fs::write(&path, "a file").unwrap();
     assert!(error(&conf).contains("in use"), "{}", error(&conf));
     let long = "x".repeat(200);
-    let text = error(&format!("socket,listen=/tmp/{long}"));
-    assert!(text.contains("cannot use that path"), "{text}");
+    for end in ["listen", "connect"] {
+        let text = error(&format!("socket,{end}=/tmp/{long}"));
+        assert!(text.contains("cannot use that path"), "{text}");
+    }
+    // What will never be the other end is not waited for.
+    let conf = format!("socket,connect={}", path.display());
+    let text = error(&conf);
+    assert!(text.contains("wire: cannot connect there: "), "{text}");
+    fs::remove_file(&path).unwrap();
+    let _stream = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let text = error(&conf);
+    assert!(text.contains("wrong type for socket"), "{text}");
 }
 
 #[test]
@@ -120,10 +132,9 @@ fn what_passes_is_written_down() {
     let place = tempfile::tempdir().unwrap();
     let [path, pcap] = ["wire", "pcap"].map(|name| place.path().join(name));
     let conf = format!("socket,listen={},pcap={}", path.display(), pcap.display());
-    let backend = open(&spec(&conf)).unwrap();
+    let (backend, _file) = open(&spec(&conf)).unwrap();
     let port = backend.port(0).unwrap();
-    let other = open(&spec(&format!("socket,connect={}", path.display()))).unwrap();
-    let other = other.port(0).unwrap();
+    let (other, _) = end("connect", &path);
     other.send(&slices(&mut [1; 60])).unwrap();
     hear(&*port);
     port.send(&slices(&mut [2; 80])).unwrap();

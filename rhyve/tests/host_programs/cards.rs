@@ -38,3 +38,19 @@ fn both_interfaces_of_a_card_serve_a_driver_one_after_the_other() {
     let length = std::fs::read(&pcap).unwrap().len();
     assert!(length > 4 * 2 * (42 + 4 * 106), "{length}");
 }
+
+#[test]
+fn no_socket_is_left_behind() {
+    let place = Place::new();
+    let paths = ["wire", "sockets", "port"].map(|name| place.path(name));
+    let [wire, sockets, port] = paths.each_ref().map(|path| path.display());
+    let options = format!(
+        "-s 3,virtio-net,socket,listen={wire} -s 4,virtio-vsock,path={sockets} \
+         -s 5,virtio-console,port=unix:{port}"
+    );
+    let (mut guest, _) = start_probe(&place, &options);
+    assert_eq!(paths.each_ref().map(|path| path.exists()), [true; 3]);
+    guest.console.send("hlt");
+    assert_eq!(guest.wait().status, Some(2));
+    assert_eq!(paths.each_ref().map(|path| path.exists()), [false; 3]);
+}

@@ -223,3 +223,62 @@ fn nobody_to_tell_it() {
     let ended = command.stderr(full()).status().unwrap();
     assert_eq!(ended.code(), Some(2));
 }
+
+#[test]
+fn a_device_without_its_end_on_the_host_says_which_it_is() {
+    let place = Place::new();
+    load_code(&place, HALT);
+    let long = format!("/tmp/{}", "x".repeat(200));
+    for (device, words) in [
+        (
+            "virtio-9p,src=/nope",
+            "virtio-9p at 0:2:0: /nope: cannot open the directory that is shared: No such file",
+        ),
+        (
+            "virtio-9p,src=/dev/null",
+            "virtio-9p at 0:2:0: /dev/null: cannot open the directory that is shared: Not a dir",
+        ),
+        (
+            "virtio-vsock,path=/nope/v",
+            "virtio-vsock at 0:2:0: /nope/v: cannot listen at its socket: No such file",
+        ),
+        (
+            &format!("virtio-vsock,path={long}"),
+            &format!("virtio-vsock at 0:2:0: {long}: cannot listen at its socket: path must be"),
+        ),
+        (
+            &format!("virtio-net,socket,connect={long}"),
+            &format!("{long}: cannot use that path: File name too long"),
+        ),
+    ] {
+        let said = refused(&place, &format!("rhyve -s 2,{device} guest0"), 4);
+        assert!(said.contains(words), "{device}: {said}");
+    }
+    assert_eq!(place.state().phase, Phase::Loaded);
+}
+
+#[test]
+fn no_more_memory_is_asked_for_than_there_is() {
+    let place = Place::new();
+    let (_guest, _) = start_probe(&place, "-s 2,virtio-balloon");
+    let target = || {
+        let devices = place.ok("vmmctl --vm=guest0 --get-devices");
+        let target = devices.lines().find(|line| line.contains("target"));
+        target
+            .unwrap()
+            .split_whitespace()
+            .last()
+            .unwrap()
+            .to_owned()
+    };
+    place.ok("vmmctl --vm=guest0 --set-balloon=16M");
+    assert_eq!(target(), "16M");
+    let said = refused(&place, "vmmctl --vm=guest0 --set-balloon=65M", 1);
+    assert!(
+        said.contains("the guest has 64M, and cannot lend 65M"),
+        "{said}"
+    );
+    assert_eq!(target(), "16M");
+    place.ok("vmmctl --vm=guest0 --set-balloon=64M");
+    assert_eq!(target(), "64M");
+}
