@@ -49,6 +49,8 @@ pub struct P9 {
     requests: AtomicU64,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// Requests whose answer is an error, most often that there is no such file.
+    errors: AtomicU64,
     bad: AtomicU64,
     state: Mutex<State>,
     me: Weak<Self>,
@@ -83,6 +85,7 @@ impl P9 {
             requests: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
             bad: AtomicU64::new(0),
             state: Mutex::new(State {
                 session: Session::new(share),
@@ -137,6 +140,9 @@ impl P9 {
             self.bad.fetch_add(1, Relaxed);
             return 0;
         };
+        if wire::is_error(&answer) {
+            self.errors.fetch_add(1, Relaxed);
+        }
         let mut writer = chain.writer(memory);
         writer.write(&answer);
         self.bytes_out.fetch_add(writer.done().into(), Relaxed);
@@ -224,6 +230,7 @@ impl VirtioDevice for P9 {
                 ("requests", count(&self.requests)),
                 ("bytes from the guest", count(&self.bytes_in)),
                 ("bytes to the guest", count(&self.bytes_out)),
+                ("errors", count(&self.errors)),
                 ("bad requests", count(&self.bad)),
             ],
         }

@@ -386,7 +386,13 @@ fn the_device_answers_over_its_queue() {
         driver.kick();
         assert_eq!(driver.wait_used(), (sent.head, 0));
     }
-    assert_eq!(device.inspect().counters[3], ("bad requests", 3));
+    let counted = || device.inspect().counters.split_off(3);
+    assert_eq!(counted(), [("errors", 0), ("bad requests", 3)]);
+    let unknown = Answer::default().u32(5).message(kind::CLUNK, 1);
+    driver.send(&[Buffer::Readable(unknown), Buffer::Writable(100)]);
+    driver.kick();
+    driver.wait_used();
+    assert_eq!(counted(), [("errors", 1), ("bad requests", 3)]);
 
     // Its queue is reset; what the driver has agreed on stays.
     let reset = device.queue_reset().unwrap();

@@ -35,6 +35,11 @@ pub mod kind {
     pub const CLUNK: u8 = 120;
 }
 
+/// Whether an answer says that a request failed.
+pub fn is_error(answer: &[u8]) -> bool {
+    answer.get(4) == Some(&(kind::LERROR + 1))
+}
+
 /// Reads a request. What is not there is an error of the request.
 #[derive(Clone)]
 pub struct Parser<'a>(&'a [u8]);
