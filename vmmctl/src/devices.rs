@@ -26,9 +26,11 @@ pub fn show(access: &mut dyn VcpuAccess, output: &mut Output) -> Result<(), Erro
 /// A device in lines: its place and kind, then all there is of it, indented.
 fn text(device: &DeviceDetail) -> String {
     let mut text = format!("{}\t{}\n", device.slot, device.kind);
+    let longest = device.properties.keys().map(String::len).max();
+    let width = longest.unwrap_or(0).max(12) + 2;
     let mut line = |name: &str, value: &str| {
         // Writing into a string does not fail.
-        let _ = writeln!(text, "  {name:<14}{value}");
+        let _ = writeln!(text, "  {name:<width$}{value}");
     };
     if let Some(virtio) = &device.virtio {
         let VirtioDetail {
@@ -68,5 +70,33 @@ fn words(words: &[String]) -> String {
         "none".into()
     } else {
         words.join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_name_stands_apart_from_its_value() {
+        let mut device = DeviceDetail {
+            slot: "0:4:0".into(),
+            kind: "virtio-balloon".into(),
+            ..DeviceDetail::default()
+        };
+        device.properties.insert("actual".into(), "16M".into());
+        assert_eq!(
+            text(&device),
+            "0:4:0\tvirtio-balloon\n  actual        16M\n"
+        );
+        let failures = "guest huge page failures".to_owned();
+        device.properties.insert(failures, "0".into());
+        assert_eq!(
+            text(&device).lines().skip(1).collect::<Vec<_>>(),
+            [
+                "  actual                    16M",
+                "  guest huge page failures  0",
+            ]
+        );
     }
 }
