@@ -183,6 +183,12 @@ fn cards_at_a_tap_and_at_a_wire_carry_what_linux_sends() {
     first.ok("vmmctl --vm=guest0 --set-link=0:1:0=up");
     until("a carrier", || number(&mut guest, &carrier) == 1);
     pings(&mut guest, "10.9.0.1");
+    // The interface is set down, takes nothing, and is set up again.
+    ip("link set tap7 down");
+    let lost = shell(&mut guest, "ping -c 2 -w 2 10.9.0.1 | grep received");
+    assert!(lost.contains("100% packet loss"), "{lost}");
+    ip("link set tap7 up");
+    pings(&mut guest, "10.9.0.1");
     let no = first.run("vmmctl --vm=guest0 --set-link=3=up");
     assert!(no.errors.contains("no network card at 0:3:0"), "{no:?}");
 
