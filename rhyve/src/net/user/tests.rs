@@ -26,8 +26,12 @@ struct Guest {
 
 impl Guest {
     fn new(spec: &UserSpec) -> Self {
-        let user = User::start(spec, None).unwrap();
-        let mut frames = Frames::new(user.port.0.try_clone().unwrap(), 1500);
+        Self::with_mtu(spec, 1500)
+    }
+
+    fn with_mtu(spec: &UserSpec, mtu: u16) -> Self {
+        let user = User::start(spec, Some(mtu)).unwrap();
+        let mut frames = Frames::new(user.port.0.try_clone().unwrap(), mtu);
         let config = Config::new(MAC.into());
         let mut interface = Interface::new(config, &mut frames, Instant::now());
         interface.update_ip_addrs(|all| all.push(IpCidr::new(GUEST.into(), 24)).unwrap());
@@ -173,6 +177,26 @@ fn the_guest_reaches_what_is_forwarded_and_nothing_else() {
     }
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err(), "nothing came");
+}
+
+#[test]
+fn packets_are_as_large_as_is_said() {
+    for mtu in [68, 576, 9000, 65_535] {
+        let (listener, to) = any_port();
+        let from = SocketAddrV4::new(GATEWAY, 80);
+        let mut guest = Guest::with_mtu(
+            &UserSpec {
+                hostfwd: Vec::new(),
+                guestfwd: vec![Forward { from, to }],
+            },
+            mtu,
+        );
+        let server = thread::spawn(move || mirrored(&listener.accept().unwrap().0));
+        guest.connect(GATEWAY, 80);
+        guest.until(&format!("a connection with {mtu}"), |socket| socket.may_recv());
+        guest.echo();
+        server.join().unwrap();
+    }
 }
 
 #[test]
