@@ -193,7 +193,9 @@ fn packets_are_as_large_as_is_said() {
         );
         let server = thread::spawn(move || mirrored(&listener.accept().unwrap().0));
         guest.connect(GATEWAY, 80);
-        guest.until(&format!("a connection with {mtu}"), |socket| socket.may_recv());
+        guest.until(&format!("a connection with {mtu}"), |socket| {
+            socket.may_recv()
+        });
         guest.echo();
         server.join().unwrap();
     }

@@ -219,7 +219,9 @@ impl Balloon {
             more(queue, left);
         }
         if let Some(queue) = &mut running.stats {
-            while let Some(chain) = queue.pop() {
+            // Others are to have their turn, whatever the driver sends.
+            for _ in 0..queue.size() {
+                let Some(chain) = queue.pop() else { break };
                 stats.update(chain.reader(queue.memory()));
                 // One is enough; a driver that sends more gets the older one back.
                 if let Some(head) = running.stats_buffer.replace(chain.head()) {

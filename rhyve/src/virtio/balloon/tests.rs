@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::Bytes;
@@ -6,6 +7,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor};
+use crate::virtio::Rings;
 
 const MEMORY: u64 = 4 << 20;
 
@@ -229,6 +231,76 @@ fn statistics_are_asked_for_when_somebody_looks() {
     rig.drivers[2].send(&[Buffer::Readable(stat(4, 2000))]);
     rig.drivers[2].kick();
     answer.join().unwrap();
+}
+
+/// A driver of the statistics that sends the next whenever an older one comes back, for ever.
+struct Talker {
+    memory: GuestMemoryMmap,
+    rings: Rings,
+    goes_on: AtomicBool,
+}
+
+impl Talker {
+    fn send(&self) {
+        let at = GuestAddress(self.rings.available + 2);
+        let index: u16 = self.memory.load(at, Ordering::Acquire).unwrap();
+        let next = index.wrapping_add(1);
+        self.memory.store(next, at, Ordering::Release).unwrap();
+    }
+}
+
+impl Interrupts for Talker {
+    fn signal_queue(&self, _: u16) {
+        if self.goes_on.load(Ordering::Relaxed) {
+            self.send();
+        }
+    }
+
+    fn signal_config(&self) {}
+
+    fn needs_reset(&self) {
+        panic!("nothing is wrong");
+    }
+}
+
+#[test]
+fn statistics_without_end_leave_time_for_others() {
+    let mut rig = Rig::new();
+    let driver = &mut rig.drivers[2];
+    // Requests 0 and 1; whatever comes back is sent again in the same place of the ring.
+    for _ in 0..2 {
+        driver.send(&[Buffer::Readable(vec![0; 20])]);
+    }
+    let talker = Arc::new(Talker {
+        memory: driver.memory().clone(),
+        rings: driver.rings(),
+        goes_on: AtomicBool::new(true),
+    });
+    for slot in 0..16 {
+        let at = GuestAddress(talker.rings.available + 4 + 2 * slot);
+        talker.memory.write_obj(slot as u16 % 2, at).unwrap();
+    }
+    let queue = driver.virtqueue(2, talker.clone());
+    let balloon = rig.balloon.clone();
+    balloon.stop_queue(2);
+    balloon.start_queue(queue).unwrap();
+    let sent = || -> u16 {
+        let at = GuestAddress(talker.rings.available + 2);
+        talker.memory.load(at, Ordering::Acquire).unwrap()
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while sent() < 100 {
+        assert!(Instant::now() < deadline, "it talks");
+    }
+    let (done, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        balloon.set_target(0);
+        // Nobody listens if it took too long.
+        let _ = done.send(());
+    });
+    let in_time = told.recv_timeout(Duration::from_secs(5));
+    talker.goes_on.store(false, Ordering::Relaxed);
+    assert_eq!(in_time, Ok(()));
 }
 
 #[test]

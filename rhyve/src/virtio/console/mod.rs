@@ -183,10 +183,12 @@ impl Running {
             return;
         };
         let _ = queue.kick().read();
-        // Else a driver that reads nothing would have us remember everything.
-        while self.pending.len() < MOST_PENDING
-            && let Some(chain) = queue.pop()
-        {
+        for _ in 0..queue.size() {
+            // Else a driver that reads nothing would have us remember everything.
+            if self.pending.len() >= MOST_PENDING {
+                break;
+            }
+            let Some(chain) = queue.pop() else { break };
             let message = Message::read(chain.reader(queue.memory()));
             queue.add_used(chain.head(), 0);
             let understood = message.is_some_and(|message| self.take(device, &message));

@@ -144,8 +144,11 @@ impl PortState {
             return;
         };
         let _ = queue.kick().read();
-        // A plain port's input waits for a program that opens it.
-        while self.open && port.wire.has_input() {
+        for _ in 0..queue.size() {
+            // A plain port's input waits for a program that opens it.
+            if !self.open || !port.wire.has_input() {
+                break;
+            }
             let Some(chain) = queue.pop() else { break };
             let room = (chain.writable_len() as usize).min(PIECE);
             let mut bytes = [0; PIECE];
