@@ -129,7 +129,7 @@ pub enum NetError {
         source: io::Error,
     },
     /// It cannot be plugged in.
-    #[error("tap {name}: cannot plug it into the bridge {bridge}{}", hint(.source))]
+    #[error("tap {name}: cannot plug it into the bridge {bridge}{}", bridge_hint(.source))]
     Bridge {
         /// The interface.
         name: String,
@@ -186,6 +186,19 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::InvalidInput => {
             " (it is no tap interface, or it was made for another number of queues: see `ip tuntap`)"
         }
+        _ => "",
+    }
+}
+
+/// What helps against an error of a bridge.
+fn bridge_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            " (that takes CAP_NET_ADMIN: have the tap made and plugged in by `ip tuntap add` and `ip \
+             link set ... master`)"
+        }
+        io::ErrorKind::ResourceBusy => " (it is in another)",
+        _ if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => " (that is no bridge)",
         _ => "",
     }
 }

@@ -2,15 +2,16 @@
 //!
 //! Frames pass as they are on an Ethernet, without headers. One end listens, one connects; whichever
 //! comes first waits for the other, and if one goes, the other waits again. What is sent without
-//! anybody at the other end is lost, as on a wire.
+//! anybody at the other end is lost, as on a wire; so is what an end that is there has no room for, if
+//! that lasts: a machine that is paused does not hold up the other.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -22,8 +23,10 @@ use vmm_api::scatter;
 use super::{Backend, Info, NetError, Port, Wait, ifreq};
 use crate::unix_socket::SocketFile;
 
-/// How long a connecting end waits before it tries again.
+/// How long a connecting end, or one that waits for room, waits before it tries again.
 const AGAIN: Duration = Duration::from_millis(200);
+/// How long frames wait for room at the other end, from the first that finds none.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 const CONNECT: &str = "connect there";
 
@@ -37,6 +40,8 @@ struct End {
     path: PathBuf,
     listener: Option<Arc<OwnedFd>>,
     peer: Mutex<Option<Arc<OwnedFd>>>,
+    /// Since when there is no room at the other end.
+    full: Mutex<Option<Instant>>,
 }
 
 impl Socket {
@@ -55,6 +60,12 @@ impl Socket {
         let address = UnixAddr::new(path).map_err(error("use that path"))?;
         bind(listener.as_raw_fd(), &address).map_err(error("listen there"))?;
         let file = SocketFile::of(path);
+        let user_only = fs::Permissions::from_mode(0o600);
+        fs::set_permissions(path, user_only).map_err(|source| NetError::Socket {
+            path: path.to_owned(),
+            action: "set its mode",
+            source,
+        })?;
         listen(&listener, Backlog::new(1).unwrap_or(Backlog::MAXCONN))
             .map_err(error("listen there"))?;
         let socket = Self::new(path, Some(Arc::new(listener)), None, "listening");
@@ -88,6 +99,7 @@ impl Socket {
                 path: path.to_owned(),
                 listener,
                 peer: Mutex::new(peer.map(Arc::new)),
+                full: Mutex::default(),
             }),
         }
     }
@@ -144,6 +156,10 @@ impl End {
         peer.clone()
     }
 
+    fn full(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.full.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forgets an end that has gone.
     fn lost(&self, gone: &Arc<OwnedFd>) {
         let mut peer = self.peer();
@@ -157,10 +173,8 @@ impl End {
 impl Port for End {
     fn wait(&self) -> Wait {
         let fd = self.peer().clone();
-        let timeout = match (&fd, &self.listener) {
-            (None, None) => Some(AGAIN),
-            _ => None,
-        };
+        let tries = fd.is_none() && self.listener.is_none() || self.full().is_some();
+        let timeout = tries.then_some(AGAIN);
         Wait {
             fd: fd.or_else(|| self.listener.clone()),
             timeout,
@@ -182,15 +196,26 @@ impl Port for End {
 
     fn send(&self, from: &[VolatileSlice<'_>]) -> io::Result<()> {
         let peer = self.peer().clone();
-        let Some(peer) = peer else { return Ok(()) };
-        match scatter::send(&peer, from) {
-            Ok(_) => Ok(()),
-            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                // Whoever receives sees that it has gone.
-                Some(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) => Ok(()),
-                Some(Errno::EMSGSIZE) => Err(io::ErrorKind::InvalidInput.into()),
-                _ => Err(error),
-            },
+        let sent = peer.map_or(Ok(0), |peer| scatter::send(&peer, from));
+        let mut full = self.full();
+        let Err(error) = sent else {
+            *full = None;
+            return Ok(());
+        };
+        if error.kind() == io::ErrorKind::WouldBlock {
+            let since = *full.get_or_insert_with(Instant::now);
+            return if since.elapsed() < PATIENCE {
+                Err(error)
+            } else {
+                Ok(())
+            };
+        }
+        *full = None;
+        match error.raw_os_error().map(Errno::from_raw) {
+            // Whoever receives sees that it has gone.
+            Some(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) => Ok(()),
+            Some(Errno::EMSGSIZE) => Err(io::ErrorKind::InvalidInput.into()),
+            _ => Err(error),
         }
     }
 }

@@ -1,5 +1,6 @@
 use std::fs;
 use std::os::fd::IntoRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Instant;
 
@@ -96,11 +97,40 @@ fn a_wire_keeps_frames_apart_and_both_ends_may_come_back() {
 }
 
 #[test]
+fn an_end_that_takes_nothing_holds_nobody_up_for_long() {
+    let place = tempfile::tempdir().unwrap();
+    let ([connecting, listening], _file) = wire(&place.path().join("wire"));
+    let send = |byte| connecting.send(&slices(&mut [byte; 1000]));
+    let mut under_way = 0;
+    while send(1).is_ok() {
+        under_way += 1;
+    }
+    let full = send(2).unwrap_err();
+    assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+    // Whoever waits for room looks again before there is any.
+    let begun = Instant::now();
+    while send(2).is_err() {
+        let again = connecting.wait().timeout.expect("a time to look again");
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(again);
+    }
+    assert!(send(2).is_ok(), "lost as well, at once");
+    for _ in 0..under_way {
+        assert_eq!(hear(&*listening)[0], 1);
+    }
+    send(3).unwrap();
+    assert_eq!(hear(&*listening)[0], 3);
+    assert_eq!(connecting.wait().timeout, None);
+}
+
+#[test]
 fn a_place_that_another_has_is_refused_and_a_ghost_replaced() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("wire");
     let conf = format!("socket,listen={}", path.display());
     let first = open(&spec(&conf)).unwrap();
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "this user's only");
     assert!(
         error(&conf).contains("cannot listen there"),
         "{}",

@@ -106,11 +106,18 @@ fn refusals() {
         assert_eq!(ended.errors.lines().count(), 1, "{ended:?}");
     };
     refused("tap,bridge=nobridge", "bridge nobridge: No such device");
+    refused("tap,bridge=lo", "bridge lo (that is no bridge): ");
     refused("tap3", "CAP_NET_ADMIN");
     refused("tap:lo", "tap lo: cannot attach to the interface");
     // One that exists, with a queue that another program has.
     ip("tuntap add tap4 mode tap");
     refused("tap4,queues=2", "tap tap4: cannot attach to the interface");
+    ip("link add bridge4 type bridge");
+    ip("link set tap4 master bridge4");
+    ip("link add bridge5 type bridge");
+    refused("tap4,bridge=bridge5", "bridge bridge5 (it is in another): ");
+    ip("link del bridge4");
+    ip("link del bridge5");
     ip("link del tap4");
 }
 
