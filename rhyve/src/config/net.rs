@@ -31,10 +31,11 @@ pub(super) const HELP: &str = "  virtio-net,BACKEND takes
     mac=ADDRESS           the card's address; made of the VM's name and the slot without it
     mtu=N                 bytes of the largest packet
     queues=N              pairs of queues, each with two threads; 1
-    pcap=FILE             write what passes to FILE, as tcpdump does
+    pcap=FILE             write what passes behind what is in FILE, as tcpdump would
     bridge=NAME           for tap: plug it into this bridge
     hostfwd=tcp:[ADDR]:PORT-[ADDR]:PORT
-                          for user: connections to this address of the host go to the guest
+                          for user: connections to this address of the host (127.0.0.1 if
+                          there is none) go to the guest
     guestfwd=tcp:[ADDR]:PORT-[ADDR]:PORT
                           for user: the guest's connections to this address go to the host's
     listen=PATH           for socket: be the end that waits for the other

@@ -10,7 +10,6 @@
 //!  virtio::net --VolatileSlices--> Port --writev--> tap | socket | user's end of a socket pair
 //! ```
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -232,7 +231,6 @@ pub fn open(spec: &NetSpec) -> Result<(Arc<dyn Backend>, Option<SocketFile>), Ne
         path: path.clone(),
         source,
     };
-    let record = File::create(path).map_err(error)?;
-    let recorded = pcap::Recorded::new(backend, record).map_err(error)?;
-    Ok((Arc::new(recorded), file))
+    let record = pcap::create(path).map_err(error)?;
+    Ok((Arc::new(pcap::Recorded::new(backend, record)), file))
 }

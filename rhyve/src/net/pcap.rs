@@ -1,10 +1,12 @@
 //! Writes down what passes: a file as tcpdump's (libpcap's format, pcap-savefile(5)).
 //!
 //! Frames are as they pass here: with offloads, larger than on a wire and with checksums to be
-//! filled in.
+//! filled in. A file that has frames already is gone on with, for a suspended machine has its options
+//! again, and its clones have them too: each frame is written at once, and at the file's end.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,6 +19,37 @@ const SNAPLEN: u32 = 1 << 18;
 /// Little-endian with nanoseconds.
 const MAGIC: u32 = 0xa1b2_3c4d;
 const ETHERNET: u32 = 1;
+
+fn header() -> [u8; 24] {
+    let words: [u32; 6] = [MAGIC, 2 | 4 << 16, 0, 0, SNAPLEN, ETHERNET];
+    let mut header = [0; 24];
+    header.copy_from_slice(words.map(u32::to_le_bytes).as_flattened());
+    header
+}
+
+/// Opens a file for what passes, which may be a pipe.
+///
+/// # Errors
+/// The system's; there is something else in it.
+pub fn create(path: &Path) -> io::Result<File> {
+    let regular = std::fs::metadata(path).map_or(true, |file| file.is_file());
+    let mut file = File::options()
+        .append(true)
+        .read(regular)
+        .create(true)
+        .open(path)?;
+    let mut start = Vec::new();
+    if regular {
+        let length = header().len() as u64;
+        (&mut file).take(length).read_to_end(&mut start)?;
+    }
+    if start.is_empty() {
+        file.write_all(&header())?;
+    } else if start != header() {
+        return Err(io::Error::other("there is something else in it"));
+    }
+    Ok(file)
+}
 
 /// A backend whose frames are written down.
 pub struct Recorded {
@@ -37,21 +70,16 @@ struct RecordedPort {
 }
 
 impl Recorded {
-    /// Writes what passes `backend` to `file`.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn new(backend: Arc<dyn Backend>, mut file: File) -> io::Result<Self> {
-        let words: [u32; 6] = [MAGIC, 2 | 4 << 16, 0, 0, SNAPLEN, ETHERNET];
-        file.write_all(words.map(u32::to_le_bytes).as_flattened())?;
+    /// Writes what passes `backend` to `file`, which [`create`] has made.
+    pub fn new(backend: Arc<dyn Backend>, file: File) -> Self {
         let header = if backend.info().header { 12 } else { 0 };
-        Ok(Self {
+        Self {
             backend,
             record: Arc::new(Record {
                 file: Mutex::new(Some(file)),
                 header: Mutex::new(header),
             }),
-        })
+        }
     }
 }
 

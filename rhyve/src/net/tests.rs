@@ -181,6 +181,27 @@ fn what_passes_is_written_down() {
     assert_eq!(words(100).2, 80);
     assert_eq!(bytes[116..], [2; 80]);
 
+    // Whoever writes next, as this machine does when it goes on, or its clones, goes on behind that.
+    drop((backend, port));
+    let conf = format!("socket,connect=x,pcap={}", pcap.display());
+    let [first, second] = [0; 2].map(|_| open(&spec(&conf)).unwrap().0.port(0).unwrap());
+    for (byte, port) in [(3, &first), (4, &second), (5, &first)] {
+        port.send(&slices(&mut [byte; 70])).unwrap();
+    }
+    let more = fs::read(&pcap).unwrap();
+    assert_eq!(more[..bytes.len()], bytes);
+    let records = more[bytes.len()..].chunks(16 + 70);
+    let frames: Vec<u8> = records.map(|record| record[16]).collect();
+    assert_eq!(frames, [3, 4, 5]);
+    // And not into what somebody else has there.
+    fs::write(&pcap, "a file of another kind").unwrap();
+    let text = error(&conf);
+    assert!(
+        text.contains("pcap: there is something else in it"),
+        "{text}"
+    );
+    assert_eq!(fs::read(&pcap).unwrap(), b"a file of another kind");
+
     let conf = format!("socket,connect=x,pcap={}/none/x", place.path().display());
     assert!(error(&conf).starts_with("pcap="), "{}", error(&conf));
 }
