@@ -181,6 +181,25 @@ fn cards_at_a_tap_and_at_a_wire_carry_what_linux_sends() {
         lengths.iter().max()
     );
 
+    // By its control queue the driver says what it wants to receive, and another address.
+    let told = |property: &str, value: &str| {
+        until(value, || {
+            let told = device(&first, "virtio-net");
+            let is = told["properties"][property].as_str();
+            is.is_some_and(|is| is.starts_with(value))
+        });
+    };
+    told("receives", "its address, ");
+    shell(&mut guest, "ifconfig eth0 promisc");
+    told("receives", "everything");
+    shell(&mut guest, "ifconfig eth0 -promisc");
+    told("receives", "its address, ");
+    shell(&mut guest, "ip link set eth0 address 00:a0:98:00:00:77");
+    told("mac", "00:a0:98:00:00:77");
+    // The host knows the old one.
+    ip("neigh flush dev bridge7");
+    pings(&mut guest, "10.9.0.1");
+
     // The cable is pulled, and plugged in.
     let carrier = sys("eth0/carrier");
     first.ok("vmmctl --vm=guest0 --set-link=1=down");
