@@ -15,14 +15,19 @@ pub fn builder(name: impl Into<String>) -> Builder {
 
 /// Has this thread never take a processor from another one that is at work (SCHED_BATCH, sched(7)):
 /// what wakes it goes on, and so there is more to do at once when its turn comes. It comes when the
-/// other one waits, at the latest when its share is used up.
+/// other one waits, at the latest when its share is used up. Or has it do so again (SCHED_OTHER).
 ///
 /// # Errors
 /// The system refuses.
-pub fn patient() -> io::Result<()> {
+pub fn be_patient(patient: bool) -> io::Result<()> {
+    let policy = if patient {
+        libc::SCHED_BATCH
+    } else {
+        libc::SCHED_OTHER
+    };
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the call reads one sched_param; 0 is this thread.
-    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } {
+    match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -37,9 +42,15 @@ mod tests {
         // SAFETY: no memory is involved; 0 is this thread.
         let policy = || unsafe { libc::sched_getscheduler(0) };
         let before = policy();
-        let thread = builder("patient").spawn(move || patient().map(|()| policy()));
-        let inside = thread.unwrap().join().unwrap();
-        assert_eq!(inside.unwrap(), libc::SCHED_BATCH);
+        let change = move || -> io::Result<_> {
+            be_patient(true)?;
+            let patient = policy();
+            be_patient(false)?;
+            Ok((patient, policy()))
+        };
+        let thread = builder("patient").spawn(change).unwrap();
+        let inside = thread.join().unwrap().unwrap();
+        assert_eq!(inside, (libc::SCHED_BATCH, libc::SCHED_OTHER));
         assert_eq!(policy(), before);
     }
 }

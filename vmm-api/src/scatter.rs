@@ -9,10 +9,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::libc;
+use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
 /// Most buffers of one system call (UIO_MAXIOV).
 pub(crate) const MAX_BUFFERS: usize = 1024;
+
+/// Buffers of most calls, without an allocation.
+const FEW: usize = 4;
+
+/// Pieces of guest memory for one call.
+pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; FEW]>;
 
 /// Fills `to`, one slice after the other, from `offset` on.
 ///
@@ -85,8 +92,8 @@ fn once(
     if slices.len() > MAX_BUFFERS {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-    let buffers: Vec<_> = guards
+    let guards: SmallVec<[_; FEW]> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let buffers: SmallVec<[_; FEW]> = guards
         .iter()
         .map(|guard| libc::iovec {
             iov_base: guard.as_ptr().cast(),

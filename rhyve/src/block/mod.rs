@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
+use vmm_api::scatter::Slices;
 
 use crate::config::{BlockSpec, ImageFormat};
 
@@ -60,9 +61,9 @@ pub struct Extent {
 #[derive(Debug)]
 pub enum Operation<'m> {
     /// Read from this byte on into guest memory.
-    Read(u64, Vec<VolatileSlice<'m>>),
+    Read(u64, Slices<'m>),
     /// Write to this byte on from guest memory.
-    Write(u64, Vec<VolatileSlice<'m>>),
+    Write(u64, Slices<'m>),
     /// Put every write that has completed on stable storage.
     Flush,
     /// Give back space: what is there reads as anything.
@@ -299,9 +300,9 @@ pub fn total_len(slices: &[VolatileSlice<'_>]) -> u64 {
 }
 
 /// `len` bytes of `slices` from the byte `skip` on, as far as they reach.
-fn part<'m>(slices: &[VolatileSlice<'m>], skip: u64, len: u64) -> Vec<VolatileSlice<'m>> {
+fn part<'m>(slices: &[VolatileSlice<'m>], skip: u64, len: u64) -> Slices<'m> {
     let (mut skip, mut left) = (skip, len);
-    let mut parts = Vec::new();
+    let mut parts = Slices::new();
     for slice in slices {
         let size = slice.len() as u64;
         let start = skip.min(size);

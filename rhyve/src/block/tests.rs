@@ -387,8 +387,14 @@ fn an_inline_channel_completes_in_order() {
         durable: true,
         barrier: false,
     };
-    channel.submit(5, request(Operation::Read(512, vec![slice])));
-    channel.submit(4, request(Operation::Read(SIZE, vec![slice])));
+    channel.submit(
+        5,
+        request(Operation::Read(512, [slice].into_iter().collect())),
+    );
+    channel.submit(
+        4,
+        request(Operation::Read(SIZE, [slice].into_iter().collect())),
+    );
     channel.submit(6, request(Operation::Flush));
     let mut next = || {
         channel

@@ -1,8 +1,11 @@
 //! A request: the buffers of one descriptor chain, checked, and copies into and out of them.
 
-use vm_memory::{
-    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice,
-};
+use smallvec::SmallVec;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_api::scatter::Slices;
+
+/// The segments of most requests, without an allocation.
+pub(super) type Segments = SmallVec<[Segment; 4]>;
 
 /// A piece of a request's buffers. All of it is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,13 +23,13 @@ pub struct Segment {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
     head: u16,
-    segments: Vec<Segment>,
+    segments: Segments,
     /// How many of the segments are readable; the rest is writable.
     readable: usize,
 }
 
 impl Chain {
-    pub(super) fn new(head: u16, segments: Vec<Segment>, readable: usize) -> Self {
+    pub(super) fn new(head: u16, segments: Segments, readable: usize) -> Self {
         Self {
             head,
             segments,
@@ -121,8 +124,8 @@ impl<'c, 'm> Cursor<'c, 'm> {
         self.done - before
     }
 
-    fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
-        let mut slices = Vec::with_capacity(self.segments.len());
+    fn slices(&mut self, count: u32) -> Slices<'m> {
+        let mut slices = Slices::with_capacity(self.segments.len());
         let mut left = count;
         while let Some(piece) = self.step(left) {
             left -= piece.len;
@@ -177,7 +180,7 @@ impl<'m> Reader<'_, 'm> {
 
     /// The memory of the next `count` bytes, or of as many as there are: for writev(2) and the
     /// like. Passes over them.
-    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
+    pub fn slices(&mut self, count: u32) -> Slices<'m> {
         self.0.slices(count)
     }
 }
@@ -226,7 +229,7 @@ impl<'m> Writer<'_, 'm> {
 
     /// The memory of the next `count` bytes, or of as many as there are: for readv(2) and the like.
     /// Passes over them.
-    pub fn slices(&mut self, count: u32) -> Vec<VolatileSlice<'m>> {
+    pub fn slices(&mut self, count: u32) -> Slices<'m> {
         self.0.slices(count)
     }
 }

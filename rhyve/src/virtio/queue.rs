@@ -14,6 +14,7 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::chain::Segments;
 use super::{Chain, Interrupts, Segment};
 
 /// The longest chain: as many segments as preadv(2) takes (IOV_MAX).
@@ -290,6 +291,24 @@ impl Virtqueue {
         }
     }
 
+    /// Does the same, but for the last answer alone it takes its time: true if the driver wants to hear
+    /// of it and was not told. The driver may find it by itself before [`Virtqueue::signal`] is called,
+    /// which is then saved an interrupt. Without event index nothing says what it has found, and it
+    /// is told.
+    #[must_use]
+    pub fn signal_lazily(&mut self) -> bool {
+        if self.unsignalled && !self.broken && self.ring.event_idx_enabled() {
+            // The used index is written before the driver's wish is read.
+            fence(Ordering::SeqCst);
+            let last = self.ring.next_used().wrapping_sub(1);
+            if self.event().is_ok_and(|event| event == last) {
+                return true;
+            }
+        }
+        self.signal();
+        false
+    }
+
     /// Asks the driver not to kick: whoever serves the queue is looking anyway. It may do so
     /// nevertheless.
     pub fn disable_kicks(&mut self) {
@@ -345,24 +364,31 @@ impl Virtqueue {
     fn wants_interrupt(&mut self) -> Result<bool, virtio_queue::Error> {
         // The used index is written before the driver's wish is read.
         fence(Ordering::SeqCst);
-        let load = |at| -> Result<u16, virtio_queue::Error> {
-            let value: u16 = self
-                .memory
-                .load(GuestAddress(at), Ordering::Relaxed)
-                .map_err(virtio_queue::Error::GuestMemory)?;
-            Ok(u16::from_le(value))
-        };
-        let available = self.ring.avail_ring();
         if self.ring.event_idx_enabled() {
             // Not the ring's own count, which knows of no answers that are given together. The
             // driver wants to hear when its index was passed since the last look (2.7.7.2).
             let now = self.ring.next_used();
             let before = std::mem::replace(&mut self.looked_at, now);
-            let event = load(available + 4 + 2 * u64::from(self.ring.size()))?;
+            let event = self.event()?;
             let passed = now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before);
             return Ok(passed);
         }
-        Ok(u32::from(load(available)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let flags = self.load(self.ring.avail_ring())?;
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// The answer of which the driver wants to hear, by its place in the used ring (`used_event`,
+    /// 2.7.7).
+    fn event(&self) -> Result<u16, virtio_queue::Error> {
+        self.load(self.ring.avail_ring() + 4 + 2 * u64::from(self.ring.size()))
+    }
+
+    fn load(&self, at: u64) -> Result<u16, virtio_queue::Error> {
+        let value: u16 = self
+            .memory
+            .load(GuestAddress(at), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(value))
     }
 
     fn fail(&mut self, problem: &str) {
@@ -385,7 +411,7 @@ fn collect(
     chain: DescriptorChain<&GuestMemoryMmap>,
 ) -> Result<Chain, String> {
     let head = chain.head_index();
-    let mut segments: Vec<Segment> = Vec::new();
+    let mut segments = Segments::new();
     let mut readable = 0;
     let mut writing = false;
     // virtio_queue ends a chain it cannot follow (a loop, a table in a table, a table of no whole

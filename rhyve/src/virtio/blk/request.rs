@@ -1,6 +1,7 @@
 //! Requests (5.2.6): what a driver put into a chain, read once and checked.
 
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vmm_api::scatter::Slices;
 
 use super::config::{
     MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS,
@@ -54,7 +55,7 @@ pub enum Action<'m> {
     /// The image's part.
     Image(Request<'m>),
     /// Write the disk's serial number here.
-    Identify(Vec<VolatileSlice<'m>>),
+    Identify(Slices<'m>),
 }
 
 /// A request that can be answered.
@@ -92,7 +93,7 @@ impl<'m> BlkRequest<'m> {
 
 fn action<'m>(
     mut reader: Reader<'_, 'm>,
-    into: Vec<VolatileSlice<'m>>,
+    into: Slices<'m>,
     room: u32,
     rules: &Rules,
 ) -> Result<Action<'m>, Status> {

@@ -60,7 +60,7 @@ impl Net {
         let mut queue_sizes = vec![config::QUEUE_SIZE; 2 * usize::from(pairs)];
         queue_sizes.push(config::CONTROL_SIZE);
         Arc::new_cyclic(|me| Self {
-            shared: Arc::new(Shared::new(backend, mac)),
+            shared: Arc::new(Shared::new(backend, mac, pairs)),
             mevent,
             mac,
             mtu,

@@ -17,11 +17,13 @@ mod control;
 mod device;
 mod filter;
 mod inspect;
+mod pace;
 mod receive;
 mod shared;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod waiter;
 mod worker;
 
 pub use config::{CONTROL_SIZE, QUEUE_SIZE};

@@ -5,11 +5,15 @@ use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::sys::epoll::EpollFlags;
+use smallvec::SmallVec;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vmm_api::scatter::Slices;
 
 use super::filter::LOOKED_AT;
-use super::worker::{Bell, For, Work, wait};
+use super::pace::Pace;
+use super::waiter::Waiter;
+use super::worker::Work;
 use crate::net::Wait;
 use crate::virtio::Virtqueue;
 
@@ -21,11 +25,13 @@ const NUM_BUFFERS: usize = 10;
 const MAX_SLICES: usize = 1000;
 /// How long to wait for more buffers than none.
 const SHORT: Duration = Duration::from_millis(1);
+/// While frames come one at a time, so many of them are not asked for a next one.
+const UNASKED: u8 = 15;
 
 /// A buffer of the driver's.
 struct Room<'m> {
     head: u16,
-    slices: Vec<VolatileSlice<'m>>,
+    slices: Slices<'m>,
     len: usize,
 }
 
@@ -41,12 +47,15 @@ struct Receiving<'m> {
     pieces: usize,
     /// More of them were waited for.
     patient: bool,
-    /// Takes the first byte that the buffers have no room for, so that it is seen.
-    spill: [u8; 1],
+    pace: Pace,
+    /// Frames after which there was no look for another one.
+    unasked: u8,
+    /// Takes what the buffers that were offered have no room for.
+    spill: Vec<u8>,
 }
 
 /// A receive thread's life. Returns its queue with no buffer taken out of it.
-pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
+pub(super) fn run(work: Work, mut waiter: Waiter) -> Virtqueue {
     let memory = work.queue.memory().clone();
     let mut receiving = Receiving {
         work,
@@ -56,11 +65,13 @@ pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
         bytes: 0,
         pieces: 0,
         patient: false,
-        spill: [0],
+        pace: Pace::default(),
+        unasked: 0,
+        spill: vec![0; LARGEST],
     };
     receiving.work.queue.disable_kicks();
-    while !bell.stopped() {
-        receiving.turn(bell);
+    while !waiter.stopped() {
+        receiving.turn(&mut waiter);
     }
     let mut queue = receiving.work.queue;
     queue.give_back(receiving.rooms.len() + usize::from(receiving.bad.is_some()));
@@ -69,19 +80,24 @@ pub(super) fn run(work: Work, bell: &Bell) -> Virtqueue {
 
 impl<'m> Receiving<'m> {
     /// Moves a frame, or waits: once, for a wait takes the bell's ring away.
-    fn turn(&mut self, bell: &Bell) {
+    fn turn(&mut self, waiter: &mut Waiter) {
         let shared = &self.work.shared;
         if shared.is_lost() || self.work.pair >= shared.active_pairs.load(Relaxed) {
-            return wait(bell, &For::default());
+            waiter.wait(None, None);
+            return;
         }
         let result = if shared.is_up() {
             if !self.gather() && (self.rooms.is_empty() || !self.patient) {
                 // With some room, the next frame may fit; it is asked for after a moment.
                 self.patient = true;
                 let timeout = (!self.rooms.is_empty()).then_some(SHORT);
-                return self.wait(bell, true, None, timeout);
+                return self.wait(waiter, true, None, timeout);
             }
             self.patient = false;
+            if self.pace.is_enough() && self.unasked < UNASKED {
+                self.unasked += 1;
+                return self.wait_for_frame(waiter);
+            }
             self.receive()
         } else {
             self.discard()
@@ -89,33 +105,35 @@ impl<'m> Receiving<'m> {
         match result {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let ready = self.work.port.wait();
-                let frame = Some((&ready, PollFlags::POLLIN));
-                let more = self.work.shared.is_up() && !self.has_enough();
-                self.wait(bell, more, frame, None);
+                self.unasked = 0;
+                self.wait_for_frame(waiter);
             }
             Err(error) => self.work.shared.complain(self.work.pair, "receive", &error),
         }
     }
 
+    fn wait_for_frame(&mut self, waiter: &mut Waiter) {
+        self.pace.waits();
+        let (shared, pair) = (&self.work.shared, self.work.pair);
+        shared.set_receives_single(pair, self.pace.is_single());
+        let ready = self.work.port.wait();
+        let more = shared.is_up() && !self.has_enough();
+        self.wait(waiter, more, Some((&ready, EpollFlags::EPOLLIN)), None);
+    }
+
     /// Waits for any of: more buffers, a frame, the time.
     fn wait(
         &mut self,
-        bell: &Bell,
+        waiter: &mut Waiter,
         buffers: bool,
-        port: Option<(&Wait, PollFlags)>,
+        port: Option<(&Wait, EpollFlags)>,
         timeout: Option<Duration>,
     ) {
         if buffers && self.work.queue.enable_kicks() {
             // They are there already.
             return self.work.queue.disable_kicks();
         }
-        let what = For {
-            kick: buffers.then_some(&self.work.queue),
-            port,
-            timeout,
-        };
-        wait(bell, &what);
+        waiter.wait(port, timeout);
         if buffers {
             self.work.queue.disable_kicks();
         }
@@ -183,34 +201,43 @@ impl<'m> Receiving<'m> {
         } else {
             header
         };
-        // A frame of a driver without mergeable buffers has one.
+        // A frame of a driver without mergeable buffers has one. Many are costly to offer: while only
+        // small frames come, the first one is enough.
         let rooms = if self.work.mergeable {
             self.rooms.len()
         } else {
             1
         };
-        let all = || self.rooms.iter().take(rooms).flat_map(|room| &room.slices);
-        let mut slices: Vec<VolatileSlice<'_>> = Vec::with_capacity(self.pieces + 1);
-        each(all(), ours, |slice| {
+        let offered = if self.pace.is_single() { 1 } else { rooms };
+        let of = |rooms| self.rooms.iter().take(rooms).flat_map(|room| &room.slices);
+        let mut slices = Slices::new();
+        each(of(offered), ours, |slice| {
             slices.push(slice);
             slices.len() < MAX_SLICES
         });
-        let capacity = ours + slices.iter().map(VolatileSlice::len).sum::<usize>();
+        let taken = ours + slices.iter().map(VolatileSlice::len).sum::<usize>();
         slices.push(self.spill.as_mut_slice().into());
         let len = ours + self.work.port.receive(&slices)?;
+        drop(slices);
+        self.pace.moved(len);
         let counters = &self.work.shared.counters;
-        if len > capacity || len <= header {
+        // What the offered buffers had no room for goes into those behind them.
+        let spilled = len.saturating_sub(taken);
+        let fits = spilled == 0 || len <= of(rooms).map(VolatileSlice::len).sum();
+        let spilled = self.spill.get(..spilled).filter(|_| fits);
+        let Some(spilled) = spilled.filter(|_| len > header) else {
             counters.receive_dropped.fetch_add(1, Relaxed);
             return Ok(());
-        }
+        };
+        poke(of(rooms), taken, spilled);
         let mut start = [0; LOOKED_AT];
-        peek(all(), header, &mut start);
+        peek(of(rooms), header, &mut start);
         if !self.work.shared.wants(&start) {
             counters.filtered.fetch_add(1, Relaxed);
             return Ok(());
         }
         let mut left = len;
-        let mut answers = Vec::new();
+        let mut answers: SmallVec<[_; 4]> = SmallVec::new();
         for room in &self.rooms {
             if left == 0 {
                 break;
@@ -220,11 +247,15 @@ impl<'m> Receiving<'m> {
             answers.push((room.head, written as u32));
         }
         if ours != 0 {
-            poke(all(), 0, &[0; NUM_BUFFERS]);
+            poke(of(rooms), 0, &[0; NUM_BUFFERS]);
         }
         if header > NUM_BUFFERS {
             // Without mergeable buffers it is 1 (5.1.6.4).
-            poke(all(), NUM_BUFFERS, &(answers.len() as u16).to_le_bytes());
+            poke(
+                of(rooms),
+                NUM_BUFFERS,
+                &(answers.len() as u16).to_le_bytes(),
+            );
         }
         counters.received.fetch_add(1, Relaxed);
         let frame = (len - header) as u64;

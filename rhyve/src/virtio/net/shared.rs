@@ -41,6 +41,8 @@ pub(super) struct Shared {
     /// Its cable, which is plugged in and out from outside.
     pub plugged: AtomicBool,
     pub generation: AtomicU8,
+    /// For each pair, whether small frames are received one at a time.
+    single: Vec<AtomicBool>,
     /// The backend has gone.
     lost: AtomicBool,
     receive: Mutex<(Filter, MacAddress)>,
@@ -48,13 +50,14 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(backend: Arc<dyn Backend>, mac: MacAddress) -> Self {
+    pub fn new(backend: Arc<dyn Backend>, mac: MacAddress, pairs: u16) -> Self {
         Self {
             backend,
             counters: Counters::default(),
             active_pairs: AtomicU16::new(1),
             plugged: AtomicBool::new(true),
             generation: AtomicU8::new(0),
+            single: (0..pairs).map(|_| AtomicBool::new(false)).collect(),
             lost: AtomicBool::new(false),
             receive: Mutex::new((Filter::new(false), mac)),
             interrupts: Mutex::default(),
@@ -72,6 +75,19 @@ impl Shared {
     /// Whether frames pass.
     pub fn is_up(&self) -> bool {
         self.plugged.load(Relaxed) && !self.is_lost()
+    }
+
+    /// Whether small frames are received one at a time.
+    pub fn receives_single(&self, pair: u16) -> bool {
+        let known = self.single.get(usize::from(pair));
+        known.is_some_and(|single| single.load(Relaxed))
+    }
+
+    /// Says so, or not.
+    pub fn set_receives_single(&self, pair: u16, single: bool) {
+        if let Some(known) = self.single.get(usize::from(pair)) {
+            known.store(single, Relaxed);
+        }
     }
 
     /// What the driver wants to receive, and its address.

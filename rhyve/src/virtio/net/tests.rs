@@ -283,6 +283,70 @@ fn a_large_frame_takes_several_buffers_and_its_header_passes() {
     rig.device.reset();
 }
 
+/// So many small frames, one after the other, make a habit of it.
+const MANY: usize = 20;
+
+#[test]
+fn a_large_frame_after_many_small_ones_arrives_whole() {
+    for mergeable in [true, false] {
+        let features = if mergeable { MRG_RXBUF } else { 0 };
+        let mut rig = Rig::new(true, 1, common::VERSION_1 | features);
+        let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+        for drops in 0..2 {
+            for round in 0..MANY {
+                rig.buffers(0, &[100]);
+                let small = [&header[..], &frame(MAC.0, round)].concat();
+                rig.far[0].send(&small).unwrap();
+                assert_eq!(rig.received(0), small);
+            }
+            let large = frame(MAC.0, 2500);
+            rig.buffers(0, &[1000, 1000, 100, 3000]);
+            rig.far[0].send(&[&header[..], &large].concat()).unwrap();
+            if mergeable {
+                let parts: Vec<_> = (0..4).map(|_| rig.received(0)).collect();
+                let whole = parts.concat();
+                assert_eq!(whole[10..12], [4, 0]);
+                assert_eq!(whole[12..], large);
+            } else {
+                // It does not fit into the one that is its.
+                rig.until("a drop", |rig| rig.count("receive drops") > drops);
+                for len in [1000 - 26, 1000 - 26, 0, 2000] {
+                    let next = [&header[..], &frame(MAC.0, len)].concat();
+                    rig.far[0].send(&next).unwrap();
+                    assert_eq!(rig.received(0), next);
+                }
+            }
+        }
+        rig.device.reset();
+    }
+}
+
+#[test]
+fn a_small_frame_that_is_alone_is_told_late_if_nothing_comes() {
+    let mut rig = Rig::idle(true, 1, common::VERSION_1);
+    let driver = rig.drivers.remove(1).with_event_index();
+    rig.drivers.insert(1, driver);
+    rig.activate(|_| {});
+    let exchange = |rig: &mut Rig, found: u16| {
+        rig.drivers[1].set_used_event(found);
+        rig.send(1, &[&[0; 12], &frame([0xff; 6], 50)]);
+        rig.heard(0);
+    };
+    // Many go, each of which finds the one before it, while a driver that is slow would have been told.
+    for round in 0..MANY as u16 {
+        exchange(&mut rig, round);
+    }
+    let told = |rig: &Rig| rig.interrupts.queues().len();
+    rig.until("the last one is told", |rig| told(rig) > 0);
+    // It is large: the driver may wait for the room.
+    let before = told(&rig);
+    rig.drivers[1].set_used_event(MANY as u16);
+    rig.send(1, &[&[0; 12], &frame([0xff; 6], 4000)]);
+    rig.until("a large one is told", |rig| told(rig) == before + 1);
+    rig.device.reset();
+    assert_eq!(told(&rig), before + 1);
+}
+
 #[test]
 fn what_does_not_fit_is_dropped_and_counted() {
     let mut rig = Rig::new(false, 1, common::VERSION_1 | MRG_RXBUF);

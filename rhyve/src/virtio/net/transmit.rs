@@ -2,48 +2,75 @@
 
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::sys::epoll::EpollFlags;
 
-use super::worker::{Bell, For, Work, wait};
+use super::pace::{Pace, SMALL};
+use super::waiter::Waiter;
+use super::worker::Work;
 use crate::net::Port;
 use crate::virtio::{Chain, Virtqueue};
 
 /// The shortest frame: its addresses and type.
 const SHORTEST: u32 = 14;
 
+/// How late a driver hears that a small frame which is alone was sent. Nobody waits for the room it
+/// takes, and the driver finds it with the next frame that goes or comes: mostly there is nothing left to
+/// tell then, and an interrupt is saved for each.
+const LATE: Duration = Duration::from_millis(4);
+
 /// A transmit thread's life. Returns its queue with every frame answered that it has taken.
-pub(super) fn run(mut work: Work, bell: &Bell) -> Virtqueue {
+pub(super) fn run(mut work: Work, mut waiter: Waiter) -> Virtqueue {
     let port = work.port.clone();
-    // Or a kick stops a vCPU that shares its processor with this before it has queued the next frame,
-    // and each is moved on its own.
-    if let Err(error) = crate::thread::patient() {
-        let label = work.shared.label();
-        tracing::debug!(target: "rhyve::virtio::net", "{label}: SCHED_BATCH: {error}");
-    }
-    while !bell.stopped() {
+    let mut pace = Pace::default();
+    let mut patient = be_patient(&work, true);
+    let mut untold = false;
+    while !waiter.stopped() {
         work.queue.disable_kicks();
-        while !bell.stopped()
+        while !waiter.stopped()
             && let Some(chain) = work.queue.pop()
         {
-            send(&work, &*port, &chain, bell);
+            send(&work, &*port, &chain, &mut waiter);
             work.queue.add_used(chain.head(), 0);
+            let len = chain.readable_len() as usize;
+            pace.moved(len);
             // With event index the driver hears of it only if it waits for room.
-            work.queue.signal();
+            untold = len <= SMALL && work.queue.signal_lazily();
+            if !untold {
+                work.queue.signal();
+            }
         }
-        if !work.queue.enable_kicks() {
-            let kick = For {
-                kick: Some(&work.queue),
-                ..For::default()
-            };
-            wait(bell, &kick);
+        if work.queue.enable_kicks() {
+            continue;
+        }
+        pace.waits();
+        // A stream: a kick must not stop a vCPU that shares its processor with this before it has queued
+        // the next frame, or each is moved on its own. An answer: nothing else is to come.
+        let stream = !(pace.is_single() && work.shared.receives_single(work.pair));
+        if stream != patient {
+            patient = be_patient(&work, stream);
+        }
+        if !waiter.wait(None, untold.then_some(LATE)) {
+            work.queue.signal();
+            untold = false;
         }
     }
+    work.queue.signal();
     work.queue
 }
 
+/// Sets the thread's policy, or leaves it as it is; returns what was asked for.
+fn be_patient(work: &Work, patient: bool) -> bool {
+    if let Err(error) = crate::thread::be_patient(patient) {
+        let label = work.shared.label();
+        tracing::debug!(target: "rhyve::virtio::net", "{label}: SCHED_BATCH {patient}: {error}");
+    }
+    patient
+}
+
 /// Sends one frame, or drops it.
-fn send(work: &Work, port: &dyn Port, chain: &Chain, bell: &Bell) {
+fn send(work: &Work, port: &dyn Port, chain: &Chain, waiter: &mut Waiter) {
     let counters = &work.shared.counters;
     let mut reader = chain.reader(work.queue.memory());
     let header = work.header as u32;
@@ -70,12 +97,8 @@ fn send(work: &Work, port: &dyn Port, chain: &Chain, bell: &Bell) {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let ready = port.wait();
-                let room = For {
-                    port: Some((&ready, PollFlags::POLLOUT)),
-                    ..For::default()
-                };
-                wait(bell, &room);
-                if bell.stopped() || !work.shared.is_up() {
+                waiter.wait(Some((&ready, EpollFlags::EPOLLOUT)), None);
+                if waiter.stopped() || !work.shared.is_up() {
                     return;
                 }
             }

@@ -1,18 +1,13 @@
 //! The threads that work on a card's queues.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::shared::Shared;
-use crate::net::{Port, Wait};
+use super::waiter::{Bell, Waiter};
+use crate::net::Port;
 use crate::virtio::{Interrupts, Virtqueue};
 
 /// What a thread needs.
@@ -38,30 +33,15 @@ pub(super) struct Worker {
     thread: Option<JoinHandle<Option<Virtqueue>>>,
 }
 
-/// What calls a thread from its wait.
-pub(super) struct Bell {
-    stop: AtomicBool,
-    event: EventFd,
-}
-
-impl Bell {
-    /// Whether the thread is to end.
-    pub fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-}
-
 impl Worker {
     /// Starts a thread with this name and its pair's number that does `run`.
-    pub fn start(name: &str, work: Work, run: fn(Work, &Bell) -> Virtqueue) -> io::Result<Self> {
-        let bell = Arc::new(Bell {
-            stop: AtomicBool::new(false),
-            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-        });
-        let (queue, heard) = (work.queue.index(), bell.clone());
+    pub fn start(name: &str, work: Work, run: fn(Work, Waiter) -> Virtqueue) -> io::Result<Self> {
+        let bell = Arc::new(Bell::new()?);
+        let waiter = Waiter::new(bell.clone(), &work.queue)?;
+        let queue = work.queue.index();
         let thread = crate::thread::builder(format!("{name}-{}", work.pair)).spawn(move || {
             let (shared, interrupts) = (work.shared.clone(), work.interrupts.clone());
-            let ran = catch_unwind(AssertUnwindSafe(|| run(work, &heard)));
+            let ran = catch_unwind(AssertUnwindSafe(|| run(work, waiter)));
             if ran.is_err() {
                 let label = shared.label();
                 tracing::error!(target: "rhyve::virtio::net", "{label}: queue {queue} panicked");
@@ -78,8 +58,7 @@ impl Worker {
 
     /// Has it look at everything again.
     pub fn wake(&self) {
-        // It fails only if the counter is full of wake-ups already.
-        let _ = self.bell.event.write(1);
+        self.bell.ring();
     }
 
     /// Ends it; the queue, for another one.
@@ -88,8 +67,7 @@ impl Worker {
     }
 
     fn end(&mut self) -> Option<Virtqueue> {
-        self.bell.stop.store(true, Ordering::Release);
-        self.wake();
+        self.bell.stop();
         // A panic was caught, and told, on the thread itself.
         self.thread.take()?.join().ok().flatten()
     }
@@ -98,45 +76,5 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// What a thread waits for besides its bell.
-#[derive(Default)]
-pub(super) struct For<'a> {
-    /// The driver's kick.
-    pub kick: Option<&'a Virtqueue>,
-    /// A port, to read or to write.
-    pub port: Option<(&'a Wait, PollFlags)>,
-    /// The longest wait.
-    pub timeout: Option<Duration>,
-}
-
-/// Waits for any of it.
-pub(super) fn wait(bell: &Bell, what: &For<'_>) {
-    let readable = PollFlags::POLLIN;
-    let mut fds = vec![PollFd::new(bell.event.as_fd(), readable)];
-    fds.extend(what.kick.map(|queue| PollFd::new(queue.as_fd(), readable)));
-    let mut timeout = what.timeout;
-    if let Some((wait, flags)) = what.port {
-        fds.extend(wait.fd.as_ref().map(|fd| PollFd::new(fd.as_fd(), flags)));
-        timeout = match (timeout, wait.timeout) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
-    }
-    let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
-        PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
-    });
-    // Whatever it returns: the caller looks at everything.
-    let _ = poll(&mut fds, timeout);
-    let rang = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| fd.any().unwrap_or(true));
-    if rang(fds.first()) {
-        let _ = bell.event.read();
-    }
-    if let Some(queue) = what.kick
-        && rang(fds.get(1))
-    {
-        let _ = queue.kick().read();
     }
 }

@@ -61,7 +61,7 @@ fn slices_are_the_drivers_memory() {
     let chain = queue.pop().unwrap();
     let mut reader = chain.reader(driver.memory());
     reader.skip(1);
-    let lens = |slices: Vec<vm_memory::VolatileSlice<'_>>| -> Vec<usize> {
+    let lens = |slices: vmm_api::scatter::Slices<'_>| -> Vec<usize> {
         slices.iter().map(|slice| slice.len()).collect()
     };
     assert_eq!(lens(reader.slices(3)), [1, 2]);
@@ -88,6 +88,44 @@ fn a_driver_says_which_interrupts_it_wants() {
         assert_eq!(interrupts.queues().len(), told);
     }
     assert_eq!(driver.available_event(), 3);
+}
+
+#[test]
+fn the_last_answer_alone_is_told_later() {
+    let mut driver = GuestDriver::new(8).with_event_index();
+    let (mut queue, interrupts) = rig(&driver);
+    let mut answer = |driver: &mut GuestDriver| {
+        driver.send(&[Buffer::Writable(1)]);
+        let chain = queue.pop().unwrap();
+        queue.add_used(chain.head(), 0);
+        let later = queue.signal_lazily();
+        (later, interrupts.queues().len())
+    };
+    // It waits for the first one, and is not told.
+    assert_eq!(answer(&mut driver), (true, 0));
+    // It has found that, and waits for the next: the first is no news any more.
+    driver.set_used_event(1);
+    assert_eq!(answer(&mut driver), (true, 0));
+    // It still waits, and there are two.
+    assert_eq!(answer(&mut driver), (false, 1));
+    // It does not care.
+    driver.set_used_event(7);
+    assert_eq!(answer(&mut driver), (false, 1));
+    // Later has come.
+    driver.set_used_event(4);
+    assert_eq!(answer(&mut driver), (true, 1));
+    queue.signal();
+    queue.signal();
+    assert_eq!(interrupts.queues().len(), 2);
+
+    // Without event index nothing says what it has found.
+    let mut driver = GuestDriver::new(8);
+    let (mut queue, interrupts) = rig(&driver);
+    driver.send(&[Buffer::Writable(1)]);
+    let chain = queue.pop().unwrap();
+    queue.add_used(chain.head(), 0);
+    assert!(!queue.signal_lazily());
+    assert_eq!(interrupts.queues(), [0]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::Relaxed;
 
 use vm_memory::{ReadVolatile, VolatileMemoryError};
+use vmm_api::scatter::Slices;
 
 use super::connection::{Connection, Phase};
 use super::host::{Greeting, Heard};
@@ -411,7 +412,7 @@ fn push(connection: &mut Connection, len: u32, mut data: Reader<'_, '_>) -> bool
 }
 
 /// Reads what is there straight into the guest's buffers; 0 at the end.
-fn read(stream: &UnixStream, into: Vec<vm_memory::VolatileSlice<'_>>) -> io::Result<u32> {
+fn read(stream: &UnixStream, into: Slices<'_>) -> io::Result<u32> {
     let mut fd = stream.as_fd();
     let mut total = 0;
     for mut slice in into {

@@ -1,0 +1,200 @@
+//! What a card's thread waits for.
+//!
+//! By epoll(7), as its set stays the same from wait to wait: a wait is one system call. The driver's kick
+//! is told by its edge, so that nobody needs to read the counter.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::net::Wait;
+
+/// What calls a thread from its wait.
+pub(super) struct Bell {
+    stop: AtomicBool,
+    event: EventFd,
+}
+
+impl Bell {
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            stop: AtomicBool::new(false),
+            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Has the thread look at everything again.
+    pub fn ring(&self) {
+        // It fails only if the counter is full of rings already.
+        let _ = self.event.write(1);
+    }
+
+    /// Has it end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.ring();
+    }
+}
+
+/// A port to wait for, to read or to write.
+type Ready = (Arc<OwnedFd>, EpollFlags);
+
+/// Waits for the bell, the driver's kick, and a port.
+pub(super) struct Waiter {
+    bell: Arc<Bell>,
+    epoll: Epoll,
+    /// What is in the set besides the bell and the kick.
+    port: Option<Ready>,
+}
+
+/// What [`Waiter::wait`] knows the bell by.
+const BELL: u64 = 0;
+const OTHER: u64 = 1;
+/// How long to wait if the host has no room to say what for.
+const BLIND: Duration = Duration::from_millis(10);
+
+impl Waiter {
+    /// For a queue whose driver kicks by `kick`.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(bell: Arc<Bell>, kick: impl AsFd) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&bell.event, EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
+        let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        epoll.add(kick, EpollEvent::new(edge, OTHER))?;
+        Ok(Self {
+            bell,
+            epoll,
+            port: None,
+        })
+    }
+
+    /// Whether the thread is to end.
+    pub fn stopped(&self) -> bool {
+        self.bell.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits for the bell, for a kick since the last time, for `port`, which is readable or writable by
+    /// `flags`, and at most for `timeout`; false if nothing came in this time.
+    pub fn wait(&mut self, port: Option<(&Wait, EpollFlags)>, timeout: Option<Duration>) -> bool {
+        let mut timeout = timeout;
+        let mut sooner = |limit| timeout = Some(timeout.map_or(limit, |now| now.min(limit)));
+        let mut ready = None;
+        if let Some((wait, flags)) = port {
+            wait.timeout.into_iter().for_each(&mut sooner);
+            ready = wait.fd.clone().map(|fd| (fd, flags));
+        }
+        if self.choose(ready).is_err() {
+            sooner(BLIND);
+        }
+        let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
+            EpollTimeout::try_from(timeout).unwrap_or(EpollTimeout::MAX)
+        });
+        let mut events = [EpollEvent::empty(); 3];
+        // Interrupted, for one: the caller looks at everything.
+        let Ok(count) = self.epoll.wait(&mut events, timeout) else {
+            return true;
+        };
+        if events.iter().take(count).any(|event| event.data() == BELL) {
+            let _ = self.bell.event.read();
+        }
+        count > 0
+    }
+
+    /// Has `ready`, and no other port, in the set.
+    fn choose(&mut self, ready: Option<Ready>) -> nix::Result<()> {
+        let same = match (&self.port, &ready) {
+            (Some(a), Some(b)) => Arc::ptr_eq(&a.0, &b.0) && a.1 == b.1,
+            (None, None) => true,
+            _ => false,
+        };
+        if same {
+            return Ok(());
+        }
+        if let Some((fd, _)) = self.port.take() {
+            self.epoll.delete(&fd)?;
+        }
+        if let Some((fd, flags)) = &ready {
+            self.epoll.add(fd, EpollEvent::new(*flags, OTHER))?;
+        }
+        self.port = ready;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const LONG: Option<Duration> = Some(Duration::from_secs(10));
+    const NONE: Option<Duration> = Some(Duration::ZERO);
+
+    fn waiter() -> (Arc<Bell>, EventFd, Waiter) {
+        let bell = Arc::new(Bell::new().unwrap());
+        let kick = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let waiter = Waiter::new(bell.clone(), &kick).unwrap();
+        (bell, kick, waiter)
+    }
+
+    #[test]
+    fn a_bell_rings_once_and_a_kick_kicks_once() {
+        let (bell, kick, mut waiter) = waiter();
+        assert!(!waiter.wait(None, NONE));
+        bell.ring();
+        assert!(waiter.wait(None, LONG));
+        assert!(!waiter.wait(None, NONE));
+        for _ in 0..3 {
+            kick.write(1).unwrap();
+            assert!(waiter.wait(None, LONG));
+            assert!(!waiter.wait(None, NONE));
+        }
+        assert!(!waiter.stopped());
+        bell.stop();
+        assert!(waiter.stopped());
+        assert!(waiter.wait(None, LONG));
+    }
+
+    #[test]
+    fn a_port_is_waited_for_until_it_is_not() {
+        let (_bell, _kick, mut waiter) = waiter();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let wait = Wait {
+            fd: Some(Arc::new(near.try_clone().unwrap().into())),
+            timeout: None,
+        };
+        let readable = Some((&wait, EpollFlags::EPOLLIN));
+        assert!(!waiter.wait(readable, NONE));
+        far.write_all(b"xy").unwrap();
+        for _ in 0..2 {
+            assert!(waiter.wait(readable, LONG), "there are bytes still");
+        }
+        assert!(!waiter.wait(None, NONE));
+        (&near).read_exact(&mut [0]).unwrap();
+        assert!(waiter.wait(readable, LONG), "there is one still");
+        (&near).read_exact(&mut [0]).unwrap();
+        assert!(!waiter.wait(readable, NONE));
+        assert!(waiter.wait(Some((&wait, EpollFlags::EPOLLOUT)), LONG));
+    }
+
+    #[test]
+    fn the_shorter_time_counts() {
+        let (_bell, _kick, mut waiter) = waiter();
+        let wait = Wait {
+            fd: None,
+            timeout: NONE,
+        };
+        assert!(!waiter.wait(Some((&wait, EpollFlags::EPOLLIN)), LONG));
+        assert!(!waiter.wait(Some((&wait, EpollFlags::EPOLLIN)), None));
+    }
+}
