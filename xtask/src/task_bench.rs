@@ -192,7 +192,7 @@ impl Io {
             let mut nested = Command::new(&xtask);
             let timeout = 600 + self.runs * 40 * (seconds + 2);
             nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
-            nested.args(["--cpus", &device.cpus().to_string()]);
+            nested.args(["--cpus", &io::CPUS.to_string()]);
             nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);
             nested.args(["--device", device.name()]);
             nested.args(["--runs", &self.runs.to_string()]);

@@ -103,6 +103,10 @@ pub struct Parts {
     pub device: Device,
 }
 
+/// Processors of the lane. With two of them a guest under load dies of a triple fault within a minute or
+/// two, QEMU's as well as rhyve's: see docs/testing.md.
+pub const CPUS: u32 = 1;
+
 /// What is measured in one lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Device {
@@ -116,15 +120,6 @@ impl Device {
         match self {
             Device::Disks => "disks",
             Device::Net => "net",
-        }
-    }
-
-    /// Processors of its lane. With two of them a guest that sends by its network dies of a triple
-    /// fault within a minute or two, QEMU's as well as rhyve's: see docs/testing.md.
-    pub fn cpus(self) -> u32 {
-        match self {
-            Device::Disks => 2,
-            Device::Net => 1,
         }
     }
 }
@@ -174,16 +169,20 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
             "dd if=/dev/zero of=/dev/vdb bs=1M 2>/dev/null; echo fi''lled",
             "filled\r\n",
         )?;
+        guest.stand_still(true)?;
     }
     let mut samples = [vec![Vec::new(); JOBS.len()], vec![Vec::new(); JOBS.len()]];
     for round in 1..=parts.runs {
         for (guest, samples) in [&mut rhyve, &mut qemu].into_iter().zip(&mut samples) {
+            guest.stand_still(false)?;
             for (place, value) in samples.iter_mut().zip(fio(guest)?) {
                 place.push(value);
             }
+            guest.stand_still(true)?;
         }
         eprintln!("round {round} of {} is done", parts.runs);
     }
+    rhyve.stand_still(false)?;
     let exits_per_thousand = stage.exits(&mut rhyve)?;
     let [rhyve, qemu] = samples.map(|all| all.into_iter().map(Sample::from).collect());
     Ok(Disks {

@@ -6,11 +6,11 @@
 //! guests stay up, and measure by turns.
 
 use std::error::Error;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -19,22 +19,42 @@ use super::io::{MEMORY_MIB, Parts, Stage, qemu_mib, rhyve_mib};
 use super::process::{Monitor, time};
 use super::sample::Sample;
 
-/// What is measured: a name for the table, and iperf3's options; none asks and answers instead.
-const JOBS: [(&str, Option<&[&str]>); 5] = [
-    ("iperf3 to the guest, 1 stream", Some(&[])),
-    ("iperf3 to the guest, 4 streams", Some(&["--parallel", "4"])),
-    ("iperf3 from the guest, 1 stream", Some(&["--reverse"])),
+/// What is measured, with a name for the table.
+const JOBS: [(&str, Job); 6] = [
+    ("iperf3 to the guest, 1 stream", Job::Stream(&[])),
+    (
+        "iperf3 to the guest, 4 streams",
+        Job::Stream(&["--parallel", "4"]),
+    ),
+    (
+        "iperf3 from the guest, 1 stream",
+        Job::Stream(&["--reverse"]),
+    ),
     (
         "iperf3 from the guest, 4 streams",
-        Some(&["--reverse", "--parallel", "4"]),
+        Job::Stream(&["--reverse", "--parallel", "4"]),
     ),
-    ("a byte there and back", None),
+    ("a byte there and back", Job::Answers(1)),
+    ("the same, eight at once", Job::Answers(8)),
 ];
 
-/// The port of a guest's echo.
+/// How a row is measured.
+#[derive(Clone, Copy)]
+enum Job {
+    /// By iperf3, with these options.
+    Stream(&'static [&'static str]),
+    /// With as many connections, each of which sends a byte and waits for it to come back.
+    Answers(u16),
+}
+
+/// The first port of a guest's echoes; each serves one connection at a time.
 const ECHO: u16 = 7;
+/// How many there are.
+const ECHOES: u16 = 8;
 /// How long a server may take until it listens.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// What of each measurement is not counted: TCP finds its speed in it, and a card's threads theirs.
+const OMITTED: Duration = Duration::from_secs(1);
 /// How often a measurement is tried before it counts as failed.
 const TRIES: u32 = 3;
 
@@ -78,8 +98,13 @@ pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
             None => stage.rhyve(&cmdline, &format!("1,virtio-net,tap:{tap},virtio=modern"))?,
             Some(vhost) => stage.qemu(&cmdline, &tap, &card(&tap, vhost))?,
         };
-        let echo = format!("{{ while :; do nc -l -p {ECHO} -e cat; done & }} 2>/dev/null");
+        let last = ECHO + ECHOES - 1;
+        let echo = format!(
+            "for port in $(seq {ECHO} {last}); do \
+             {{ while :; do nc -l -p $port -e cat; done & }} 2>/dev/null; done"
+        );
         monitor.ask(&format!("{echo}; echo ser''ves"), "serves\r\n")?;
+        monitor.stand_still(true)?;
         guests.push(Guest {
             monitor,
             address,
@@ -87,10 +112,12 @@ pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
         });
     }
     for round in 1..=parts.runs {
-        for (job, (name, options)) in JOBS.iter().enumerate() {
+        for (row, (name, job)) in JOBS.iter().enumerate() {
             for guest in &mut guests {
-                let value = tried(name, || guest.job(*options, parts))?;
-                if let Some(samples) = guest.samples.get_mut(job) {
+                guest.monitor.stand_still(false)?;
+                let value = tried(name, || guest.job(*job, parts))?;
+                guest.monitor.stand_still(true)?;
+                if let Some(samples) = guest.samples.get_mut(row) {
                     samples.push(value);
                 }
             }
@@ -98,6 +125,7 @@ pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
         eprintln!("round {round} of {} is done", parts.runs);
     }
     let [mut rhyve, qemu, vhost]: [Guest; 3] = guests.try_into().map_err(|_| "three guests")?;
+    rhyve.monitor.stand_still(false)?;
     let exits_per_thousand = [
         rhyve.exits(&stage, &[])?,
         rhyve.exits(&stage, &["--reverse"])?,
@@ -146,16 +174,18 @@ fn tried(
 }
 
 impl Guest {
-    fn job(&mut self, options: Option<&[&str]>, parts: &Parts) -> Result<f64, Box<dyn Error>> {
-        match options {
-            Some(options) => {
+    fn job(&mut self, job: Job, parts: &Parts) -> Result<f64, Box<dyn Error>> {
+        match job {
+            Job::Stream(options) => {
                 let mut client = self.iperf3(&parts.iperf3, parts.seconds, options)?;
                 let output = client.output()?;
                 rate(&output.stdout)
             }
-            None => {
-                let address = SocketAddr::new(self.address.parse()?, ECHO);
-                answers(address, Duration::from_secs(parts.seconds.into()))
+            Job::Answers(connections) => {
+                let address = self.address.parse()?;
+                let ports = ECHO..ECHO + connections;
+                let echoes: Vec<_> = ports.map(|port| SocketAddr::new(address, port)).collect();
+                answers(&echoes, Duration::from_secs(parts.seconds.into()))
             }
         }
     }
@@ -172,9 +202,9 @@ impl Guest {
                      until netstat -ltn | grep -q ':5201 '; do :; done; echo list''ens";
         self.monitor.ask(serve, "listens\r\n")?;
         let mut client = Command::new("timeout");
-        // The first second, in which TCP finds its speed, is not counted.
         client.arg((seconds + 30).to_string()).arg(program);
-        client.args(["--client", &self.address, "--json", "--omit", "1"]);
+        client.args(["--client", &self.address, "--json"]);
+        client.args(["--omit", &OMITTED.as_secs().to_string()]);
         client.args(["--time", &seconds.to_string()]).args(options);
         Ok(client)
     }
@@ -207,11 +237,30 @@ fn rate(json: &[u8]) -> Result<f64, Box<dyn Error>> {
     Ok(bits.ok_or("iperf3 received nothing")? / 8.0 / f64::from(1 << 20))
 }
 
-/// Sends a byte and waits for it to come back, again and again; how often in a second.
-fn answers(address: SocketAddr, how_long: Duration) -> Result<f64, Box<dyn Error>> {
+/// Sends a byte to each of `echoes` and waits for it to come back, again and again; how often in a second,
+/// all together.
+fn answers(echoes: &[SocketAddr], how_long: Duration) -> Result<f64, Box<dyn Error>> {
+    let mut streams = Vec::new();
+    for echo in echoes {
+        streams.push(connect(*echo)?);
+    }
+    let start = Instant::now();
+    let count = thread::scope(|scope| -> Result<u32, Box<dyn Error>> {
+        let ask = |stream| scope.spawn(move || ask(stream, start, how_long));
+        let askers: Vec<_> = streams.into_iter().map(ask).collect();
+        let mut count = 0;
+        for asker in askers {
+            count += asker.join().map_err(|_| "an asker panicked")??;
+        }
+        Ok(count)
+    })?;
+    Ok(f64::from(count) / how_long.as_secs_f64())
+}
+
+fn connect(echo: SocketAddr) -> Result<TcpStream, Box<dyn Error>> {
     let deadline = Instant::now() + PATIENCE;
-    let mut stream = loop {
-        match TcpStream::connect(address) {
+    let stream = loop {
+        match TcpStream::connect(echo) {
             // The echo of the last client ends and begins anew.
             Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(100)),
             result => break result?,
@@ -219,19 +268,18 @@ fn answers(address: SocketAddr, how_long: Duration) -> Result<f64, Box<dyn Error
     };
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    let mut exchange = || -> std::io::Result<()> {
+    Ok(stream)
+}
+
+/// How many answers come in that time after [`OMITTED`].
+fn ask(mut stream: TcpStream, start: Instant, how_long: Duration) -> io::Result<u32> {
+    let mut count = 0;
+    while start.elapsed() < OMITTED + how_long {
         stream.write_all(b"x")?;
-        stream.read_exact(&mut [0])
-    };
-    for _ in 0..100 {
-        exchange()?;
+        stream.read_exact(&mut [0])?;
+        count += u32::from(start.elapsed() >= OMITTED);
     }
-    let (start, mut count) = (Instant::now(), 0_u32);
-    while start.elapsed() < how_long {
-        exchange()?;
-        count += 1;
-    }
-    Ok(f64::from(count) / start.elapsed().as_secs_f64())
+    Ok(count)
 }
 
 impl Networks {
@@ -241,7 +289,7 @@ impl Networks {
             "\nnested lane of one processor: {MEMORY_MIB} MiB, one vCPU, a tap interface with an MTU of 1500; QEMU with \
              vhost-net, and without\n"
         );
-        for (at, (name, options)) in JOBS.iter().enumerate() {
+        for (at, (name, job)) in JOBS.iter().enumerate() {
             let [Some(rhyve), Some(vhost), Some(qemu)] =
                 [&self.rhyve, &self.vhost, &self.qemu].map(|samples| samples.get(at))
             else {
@@ -250,7 +298,10 @@ impl Networks {
             let show = |sample: &Sample| {
                 format!("{:7.0}{:7.0}{:7.0}", sample.median, sample.min, sample.max)
             };
-            let unit = if options.is_some() { "MiB/s" } else { "1/s" };
+            let unit = match job {
+                Job::Stream(_) => "MiB/s",
+                Job::Answers(_) => "1/s",
+            };
             text += &format!(
                 "  {name:<33}{} |{} |{} {unit:<6}{:6.2}{:6.2}\n",
                 show(rhyve),
@@ -290,19 +341,23 @@ mod tests {
 
     #[test]
     fn answers_are_counted() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let echo = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let (mut byte, mut count) = ([0], 0_u64);
-            while stream.read_exact(&mut byte).is_ok() {
-                stream.write_all(&byte).unwrap();
-                count += 1;
-            }
-            count
-        });
-        let rate = answers(address, Duration::from_millis(20)).unwrap();
+        let (mut echoes, mut served) = (Vec::new(), Vec::new());
+        for _ in 0..2 {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            echoes.push(listener.local_addr().unwrap());
+            served.push(thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let (mut byte, mut count) = ([0], 0_u32);
+                while stream.read_exact(&mut byte).is_ok() {
+                    stream.write_all(&byte).unwrap();
+                    count += 1;
+                }
+                count
+            }));
+        }
+        let rate = answers(&echoes, Duration::from_millis(20)).unwrap();
+        let served: u32 = served.into_iter().map(|echo| echo.join().unwrap()).sum();
         assert!(rate > 0.0);
-        assert!(echo.join().unwrap() > 100);
+        assert!(rate * 0.02 < f64::from(served), "{rate} of {served}");
     }
 }
