@@ -8,7 +8,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 
 use crate::guests::{ask, load, probe, start_probe};
-use crate::support::Place;
+use crate::support::{Place, Process};
 
 /// Sectors of the disks.
 const SECTORS: u64 = 2048;
@@ -136,6 +136,34 @@ fn a_file_that_shrinks_under_the_guest_is_its_io_error() {
         assert_eq!(ended.status, Some(1));
         assert!(ended.errors.contains("disk.img: read: "), "{ended:?}");
     }
+}
+
+#[test]
+fn an_image_that_a_vm_writes_is_nobody_elses() {
+    let place = Place::new();
+    let path = disk(&place, "disk.img");
+    let shown = path.display();
+    let (mut guest, _) = start_probe(&place, &format!("-s 2,virtio-blk,{shown}"));
+    let mut load = place.command("rhyveload -m 16M --kernel");
+    load.arg(probe(&place)).arg("guest1");
+    assert_eq!(Process::start(load).wait().status, Some(0));
+    for options in ["", ",ro", ",snapshot"] {
+        let refused = place.run(&format!("rhyve -s 2,virtio-blk,{shown}{options} guest1"));
+        assert_eq!(refused.status, Some(4), "{options}: {refused:?}");
+        let why = format!("rhyve: disk image {shown} is in use: another VM or program has it open");
+        assert!(refused.errors.contains(&why), "{options}: {refused:?}");
+    }
+    // QEMU's programs take locks of the same kind.
+    let mut other = Command::new("qemu-io");
+    other.args(["-f", "raw", "-c", "write 0 512"]).arg(&path);
+    let other = other
+        .output()
+        .expect("qemu-io of Debian's package qemu-utils");
+    let errors = String::from_utf8_lossy(&other.stderr);
+    assert!(errors.contains("lock"), "{errors}");
+    guest.console.send("poweroff");
+    assert_eq!(guest.wait().status, Some(1));
+    assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -131,6 +131,8 @@ struct Rig {
     mmio: Arc<MmioBus>,
     memory: GuestMemoryMmap,
     disks: Vec<(Arc<VirtioPci>, Arc<Blk>)>,
+    /// Where firmware has put the modern registers of those that have them.
+    modern: [u64; 2],
 }
 
 impl Rig {
@@ -181,12 +183,57 @@ impl Rig {
         let reset = ResetControl::new(Arc::new(Deaf));
         let config = ConfigPorts::new(bus, reset);
         config.register(&ports).expect("free ports");
+        // BAR 4 of slot 2, and of slot 3 on bus 1.
+        let modern = [0x8000_1020, 0x8001_1820].map(|register| {
+            let _ = ports.write(0xcf8, IoSize::Dword, register);
+            let bar = ports.read(0xcfc, IoSize::Dword).expect("ports");
+            u64::from(bar & !0xf)
+        });
         Self {
             ports,
             mmio,
             memory,
             disks,
+            modern,
         }
+    }
+
+    /// Descriptor `head` is the only request of the queue whose rings begin at page 4.
+    fn make_available(&self, index: u16, head: u8) {
+        let available = 0x4000 + 16 * 256;
+        let ring: [u16; 3] = [0, index, head.into()];
+        for (number, word) in (0..).zip(ring) {
+            let gpa = GuestAddress(available + 2 * number);
+            self.memory.write_obj(word, gpa).expect("RAM");
+        }
+    }
+
+    /// A modern driver: agrees on some features, sets up a queue, which it may have reset before, and
+    /// kicks for a request from descriptor `head` on.
+    fn modern_driver(&self, registers: u64, head: u8, how: u8, index: u16, size: u16) {
+        let write = |at: u64, len: usize, value: u64| {
+            let bytes = value.to_le_bytes();
+            let _ = self.mmio.write(registers + at, &bytes[..len]);
+        };
+        let queue = u64::from(how >> 3 & 1);
+        write(20, 1, 3);
+        for (half, features) in [(0, u64::from(how & 0x30) << 24), (1, 1 | 1 << 8)] {
+            write(8, 4, half);
+            write(12, 4, features);
+        }
+        write(20, 1, 11);
+        write(22, 2, queue);
+        if how & 4 != 0 {
+            write(58, 2, 1);
+        }
+        write(24, 2, size.into());
+        for (at, address) in [(32, 0x4000), (40, 0x4000 + 16 * 256), (48, 0x6000)] {
+            write(at, 8, address);
+        }
+        write(28, 2, 1);
+        write(20, 1, 15);
+        self.make_available(index, head);
+        write(0x3000 + 4 * queue, 2, queue);
     }
 
     fn step(&self, step: [u8; STEP]) {
@@ -248,6 +295,12 @@ impl Rig {
                     self.memory.write_obj(word, gpa).expect("RAM");
                 }
             }
+            // A modern driver of one of the two disks.
+            14 if b & 2 != 0 => {
+                let registers = self.modern[usize::from(b & 1)];
+                let size = if c == 0 { 256 } else { (value >> 16) as u16 };
+                self.modern_driver(registers, a, b, value as u16, size);
+            }
             // A legacy driver: queue 0 at page 4, a request from its descriptor `a` on, a kick.
             14 => {
                 let base = 0x2000 + u16::from(b & 1) * 0x100;
@@ -255,12 +308,7 @@ impl Rig {
                 let _ = self.ports.write(base + 14, IoSize::Word, 0);
                 let _ = self.ports.write(base + 8, IoSize::Dword, 4);
                 let _ = self.ports.write(base + 18, IoSize::Byte, 7);
-                let available = 0x4000 + 16 * 256;
-                let ring: [u16; 3] = [0, value as u16, a.into()];
-                for (number, word) in (0..).zip(ring) {
-                    let gpa = GuestAddress(available + 2 * number);
-                    self.memory.write_obj(word, gpa).expect("RAM");
-                }
+                self.make_available(value as u16, a);
                 let _ = self.ports.write(base + 16, IoSize::Word, 0);
             }
             _ => {
@@ -303,24 +351,30 @@ pub fn check(input: &[u8]) -> bool {
     input.len() >= STEP
 }
 
-/// A read by a legacy driver, and a walk through configuration space.
+/// A read by each kind of driver, by the modern one twice with a reset of its queue in between, and a
+/// walk through configuration space.
 pub fn seeds() -> Vec<Vec<u8>> {
     // Header in descriptor 0, data in 1, status in 2, in the table at page 4.
-    let request: [[u8; STEP]; 5] = [
+    let request: [[u8; STEP]; 4] = [
         [13, 0, 0, 0, 1, 0, 0, 0],
         [11 | 0x10, 0, 0, 1, 16, 0, 1, 0],
         [11 | 0x10, 1, 1, 3, 0, 2, 2, 0],
         [11 | 0x10, 2, 2, 2, 1, 0, 0, 0],
-        [14, 0, 0, 0, 1, 0, 0, 0],
     ];
+    let by = |drivers: &[u8]| {
+        let driver = |how: &u8| [14, 0, *how, 0, 1, 0, 0, 0];
+        let drivers: Vec<_> = drivers.iter().map(driver).collect();
+        [request.concat(), drivers.concat()].concat()
+    };
     let walk: Vec<u8> = (0..64u8)
         .flat_map(|register| [0x20, register * 4, 0x08, 0, 0xff, 0xff, 0xff, 0xff])
         .collect();
-    vec![request.concat(), walk]
+    vec![by(&[0]), by(&[2, 6, 3]), walk]
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -334,23 +388,33 @@ mod tests {
         assert_eq!(many, 2000);
     }
 
-    #[test]
-    fn the_request_reaches_the_disk() {
+    /// Takes the steps, and waits until each disk has read this often.
+    fn reads(seed: &[u8], wanted: [u64; 3]) {
         let rig = Rig::new();
-        for step in seeds()[0].chunks_exact(STEP) {
-            rig.step(step.try_into().unwrap());
-        }
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let read = || {
-            let counters = rig.disks[0].1.counters();
-            counters.reads.load(std::sync::atomic::Ordering::SeqCst)
-        };
-        while read() == 0 {
-            assert!(Instant::now() < deadline, "no read");
-            std::thread::sleep(Duration::from_millis(1));
-        }
         let status = GuestAddress(0x8_0000 + 2 * 0x800);
-        let ok = || rig.memory.read_obj::<u8>(status).ok() == Some(0);
-        assert!(read() == 1 && ok());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let read = |rig: &Rig| {
+            let disks = rig.disks.iter();
+            let reads = disks.map(|(_, blk)| blk.counters().reads.load(SeqCst));
+            reads.collect::<Vec<_>>()
+        };
+        for step in seed.chunks_exact(STEP) {
+            let before = read(&rig);
+            rig.memory.write_obj(0xffu8, status).unwrap();
+            rig.step(step.try_into().unwrap());
+            // A queue that is reset forgets its request: that is to be answered before.
+            let answered = || rig.memory.read_obj::<u8>(status).ok() == Some(0);
+            while step[0] == 14 && (read(&rig) == before || !answered()) {
+                assert!(Instant::now() < deadline, "no read by {step:?}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert_eq!(read(&rig), wanted);
+    }
+
+    #[test]
+    fn the_requests_reach_the_disks() {
+        reads(&seeds()[0], [1, 0, 0]);
+        reads(&seeds()[1], [0, 2, 1]);
     }
 }
