@@ -28,6 +28,9 @@ pub struct Qcow2 {
     /// Held for writing while space is given back: imago may not be asked for anything else then.
     image: RwLock<FormatAccess<Storage>>,
     info: Info,
+    /// Each change is on stable storage before it completes: what is written, by the files' flags,
+    /// and where it is, which imago keeps to itself otherwise.
+    sync: bool,
     /// Bytes now: an image can grow.
     capacity: AtomicU64,
 }
@@ -66,8 +69,18 @@ impl Qcow2 {
         Ok(Self {
             image: RwLock::new(image),
             info,
+            sync: spec.sync,
             capacity: info.capacity.into(),
         })
+    }
+
+    /// Something was changed.
+    fn settle(&self, durable: bool) -> io::Result<()> {
+        if durable || self.sync {
+            self.flush()
+        } else {
+            Ok(())
+        }
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Storage>> {
@@ -92,7 +105,7 @@ impl Backend for Qcow2 {
     fn write(&self, offset: u64, from: &[VolatileSlice<'_>], durable: bool) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(from);
         self.image().writev(vector, offset)?;
-        if durable { self.flush() } else { Ok(()) }
+        self.settle(durable)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -103,15 +116,19 @@ impl Backend for Qcow2 {
     }
 
     fn discard(&self, extent: Extent) -> io::Result<()> {
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
-        image.discard_to_zero(extent.offset, extent.len)
+        {
+            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            image.discard_to_zero(extent.offset, extent.len)?;
+        }
+        self.settle(false)
     }
 
     fn write_zeroes(&self, extent: Extent, may_discard: bool) -> io::Result<()> {
         if may_discard && self.info.discard {
             return self.discard(extent);
         }
-        self.image().write_zeroes(extent.offset, extent.len)
+        self.image().write_zeroes(extent.offset, extent.len)?;
+        self.settle(false)
     }
 
     fn resize(&self, capacity: Option<u64>) -> io::Result<()> {

@@ -348,6 +348,39 @@ fn a_read_only_backend_writes_nothing() {
 }
 
 #[test]
+fn with_sync_each_change_is_in_the_image_when_it_completes() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = raw_image(&dir, "disk", SIZE);
+    let qcow2 = qcow2_image(&dir, "disk.qcow2", None);
+    for path in [raw, qcow2] {
+        let backend = open_with(&path, ",sync").unwrap();
+        // As a crash would leave it.
+        let left = || {
+            let copy = path.with_file_name(format!("copy-{}", path.extension().is_some()));
+            fs::copy(&path, &copy).unwrap();
+            let format = path.extension().map_or("raw", |_| "qcow2");
+            let copy = open_with(&copy, &format!(",ro,format={format}")).unwrap();
+            read(&*copy, SIZE / 2, 1024).unwrap()
+        };
+        write(&*backend, SIZE / 2, &[7; 1024], false).unwrap();
+        assert!(left() == [7; 1024], "{}", path.display());
+        let extent = Extent {
+            offset: SIZE / 2,
+            len: 512,
+        };
+        backend.write_zeroes(extent, false).unwrap();
+        assert!(left() == [[0; 512], [7; 512]].concat());
+        backend
+            .discard(Extent {
+                len: SIZE / 2,
+                ..extent
+            })
+            .unwrap();
+        assert!(left() == [0; 1024]);
+    }
+}
+
+#[test]
 fn parts_of_slices_are_those_bytes() {
     let memory = memory();
     memory.write_slice(b"abcdefgh", GuestAddress(0)).unwrap();
