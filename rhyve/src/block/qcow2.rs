@@ -16,10 +16,10 @@ use imago::format::gate::ImplicitOpenGate;
 use imago::format::{Format, PreallocateMode};
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2 as Driver;
-use imago::{FormatAccess, StorageOpenOptions};
+use imago::{FormatAccess, Mapping, StorageExt, StorageOpenOptions};
 use vm_memory::VolatileSlice;
 
-use super::raw::open_locked;
+use super::raw::{ZEROS, open_locked};
 use super::{Backend, BlockError, Extent, Info, SECTOR};
 use crate::config::BlockSpec;
 
@@ -74,6 +74,48 @@ impl Qcow2 {
         })
     }
 
+    /// Gives space back to the image, whose other clusters can have it, and to the host; what was
+    /// there reads as zeros then.
+    ///
+    /// # Errors
+    /// `Unsupported` by images of version 2: what the host was given back does not tell.
+    fn give_back(&self, extent: Extent) -> io::Result<()> {
+        {
+            // Nobody may be given a cluster that is going to be a hole.
+            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            let mut at = extent.offset;
+            while at < extent.end() {
+                let (mapping, len) = image.get_mapping(at, extent.end() - at)?;
+                // What a snapshot has as well, or a file under this one, is not writable.
+                if let Mapping::Raw {
+                    storage,
+                    offset,
+                    writable: true,
+                    ..
+                } = mapping
+                {
+                    storage.discard(offset, len)?;
+                }
+                if len == 0 {
+                    break;
+                }
+                at += len;
+            }
+            image.discard_to_zero(extent.offset, extent.len)?;
+        }
+        self.settle(false)
+    }
+
+    fn write_plain_zeroes(&self, extent: Extent) -> io::Result<()> {
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let now = (extent.end() - at).min(ZEROS.0.len() as u64);
+            self.image().write(&ZEROS.0[..now as usize], at)?;
+            at += now;
+        }
+        Ok(())
+    }
+
     /// Something was changed.
     fn settle(&self, durable: bool) -> io::Result<()> {
         if durable || self.sync {
@@ -116,18 +158,25 @@ impl Backend for Qcow2 {
     }
 
     fn discard(&self, extent: Extent) -> io::Result<()> {
-        {
-            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
-            image.discard_to_zero(extent.offset, extent.len)?;
+        match self.give_back(extent) {
+            // It may read as anything.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            given => given,
         }
-        self.settle(false)
     }
 
     fn write_zeroes(&self, extent: Extent, may_discard: bool) -> io::Result<()> {
-        if may_discard && self.info.discard {
-            return self.discard(extent);
+        let made = if may_discard && self.info.discard {
+            self.give_back(extent)
+        } else {
+            self.image().write_zeroes(extent.offset, extent.len)
+        };
+        match made {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.write_plain_zeroes(extent)?;
+            }
+            made => made?,
         }
-        self.image().write_zeroes(extent.offset, extent.len)?;
         self.settle(false)
     }
 

@@ -24,9 +24,9 @@ const BOUNCE: u64 = 1 << 20;
 
 /// What is written where a file system cannot make zeros itself. Aligned for O_DIRECT.
 #[repr(align(4096))]
-struct Zeros([u8; 1 << 16]);
+pub(super) struct Zeros(pub [u8; 1 << 16]);
 
-static ZEROS: Zeros = Zeros([0; 1 << 16]);
+pub(super) static ZEROS: Zeros = Zeros([0; 1 << 16]);
 
 /// A raw image.
 pub struct Raw {
