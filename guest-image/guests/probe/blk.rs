@@ -4,6 +4,7 @@
 //! blk legacy|modern [N]            set up the Nth disk
 //! blk write|read SECTOR COUNT SEED fill sectors with what the seed says, or look whether it is there
 //! blk flush | id
+//! blk discard|zero SECTOR COUNT    give sectors back, or make them zeros that may be given back
 //! blk log SECTOR COUNT             write numbers, each flushed before it is printed
 //! ```
 
@@ -15,6 +16,8 @@ use crate::virtio::{Device, Queue, Rings, Shared};
 
 const KIND: u8 = 2;
 const FLUSH_FEATURE: u64 = 1 << 9;
+const DISCARD_FEATURE: u64 = 1 << 13;
+const ZEROES_FEATURE: u64 = 1 << 14;
 
 /// Words of a sector.
 const SECTOR: usize = 128;
@@ -24,6 +27,10 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+/// A segment's flag: its space may be given back.
+const UNMAP: u32 = 1;
 
 static RINGS: Rings = Rings::new();
 /// Header, then the status.
@@ -57,7 +64,7 @@ pub fn run(words: &mut Words) {
 
 fn open(modern: bool, number: u64) -> Result<(), &'static str> {
     let mut device = Device::find(KIND, modern, number)?;
-    let features = device.negotiate(FLUSH_FEATURE)?;
+    let features = device.negotiate(FLUSH_FEATURE | DISCARD_FEATURE | ZEROES_FEATURE)?;
     let queue = device.queue(0, &RINGS)?;
     device.start();
     let sectors = u64::from(device.config(0)) | u64::from(device.config(4)) << 32;
@@ -117,6 +124,16 @@ impl Disk {
                 self.request(FLUSH, 0)?;
                 say!("probe: blk flush ok");
             }
+            b"discard" | b"zero" => {
+                let zero = verb == b"zero";
+                let flags = if zero { UNMAP } else { 0 };
+                let segment = [first as u32, (first >> 32) as u32, count as u32, flags];
+                for (at, word) in segment.into_iter().enumerate() {
+                    DATA.set(at, word);
+                }
+                self.request(if zero { WRITE_ZEROES } else { DISCARD }, 0)?;
+                say!("probe: blk ", Text(verb), " ", count, " ok");
+            }
             b"id" => {
                 self.request(GET_ID, 0)?;
                 let mut id = [0; 20];
@@ -139,7 +156,7 @@ impl Disk {
                 }
                 say!("probe: blk log ok");
             }
-            _ => return Err("legacy, modern, write, read, flush, id or log"),
+            _ => return Err("legacy, modern, write, read, flush, discard, zero, id or log"),
         }
         Ok(())
     }
@@ -151,8 +168,12 @@ impl Disk {
         }
         REQUEST.set(STATUS, 0xff);
         let header = (REQUEST.address(), 16, false);
-        let bytes = if kind == GET_ID { 20 } else { 512 };
-        let data = (DATA.address(), bytes, kind != OUT);
+        let (bytes, written) = match kind {
+            GET_ID => (20, true),
+            DISCARD | WRITE_ZEROES => (16, false),
+            _ => (512, kind != OUT),
+        };
+        let data = (DATA.address(), bytes, written);
         let status = (REQUEST.address() + 4 * STATUS as u64, 1, true);
         if kind == FLUSH {
             self.device.ask(&mut self.queue, &[header, status])?;

@@ -125,7 +125,7 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "blk",
-        help: "legacy|modern [N], write|read SECTOR COUNT SEED, flush, id, log SECTOR COUNT",
+        help: "legacy|modern [N], write|read SECTOR COUNT SEED, flush, id, discard|zero|log SECTOR COUNT",
         run: blk::run,
     },
     Command {

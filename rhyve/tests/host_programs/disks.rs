@@ -1,7 +1,7 @@
 //! virtio-blk under the probe kernel's own driver, which runs on any KVM.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -231,6 +231,80 @@ fn disks_of_each_kind_become_larger_or_say_why_not() {
     let flat = place.path("flat");
     qemu_img(&["convert", "-O", "raw"], &[&over, &flat], "");
     assert!(holds(&flat, 4089, 3));
+}
+
+#[test]
+fn what_a_guest_discards_goes_back_to_the_host() {
+    let place = Place::new();
+    let raw = disk(&place, "raw");
+    let qcow2 = |name: &str, version: &str| {
+        let path = place.path(name);
+        let version = format!("compat={version}");
+        qemu_img(
+            &["create", "-q", "-f", "qcow2", "-o", &version],
+            &[&path],
+            "1M",
+        );
+        path
+    };
+    let (new, old) = (qcow2("new.qcow2", "1.1"), qcow2("old.qcow2", "0.10"));
+    // What a snapshot in the image has is the snapshot's as well.
+    let kept = qcow2("kept.qcow2", "1.1");
+    let images = [&raw, &new, &old, &kept];
+    let shown = images.map(|image| image.display().to_string());
+    let disks = (2..).zip(&shown);
+    let disks = disks.map(|(slot, path)| format!("-s {slot},virtio-blk,{path} "));
+    let run: String = disks.collect();
+    let work = |commands: &[&str]| {
+        let (mut guest, _) = start_probe(&place, &run);
+        for number in 0..images.len() {
+            ask(&mut guest, &format!("blk modern {number}"));
+            for command in commands.iter().chain(&["flush"]) {
+                let done = ask(&mut guest, &format!("blk {command}"));
+                let verb = command.split(' ').next().unwrap();
+                assert!(
+                    done.contains(&format!("blk {verb} ")) && done.contains("ok"),
+                    "{number}: {done}"
+                );
+                assert!(!done.contains("FAILED"), "{number}, {command}: {done}");
+            }
+        }
+        guest.console.send("poweroff");
+        assert_eq!(guest.wait().status, Some(1));
+        images.map(|image| image.metadata().unwrap().blocks())
+    };
+    let full = work(&["write 0 1000 1"]);
+    qemu_img(&["snapshot", "-c", "before"], &[&kept], "");
+    // Clusters of 128 sectors, and one that is given back in part.
+    let less = work(&[
+        "discard 128 300",
+        "zero 512 128",
+        "read 0 128 1",
+        "read 640 300 1",
+    ]);
+    assert!(
+        less[0] < full[0] && less[1] < full[1] && less[2] < full[2],
+        "{full:?}, {less:?}"
+    );
+    for (image, format) in images.into_iter().zip(["raw", "qcow2", "qcow2", "qcow2"]) {
+        if format == "qcow2" {
+            qemu_img(&["check", "-q"], &[image], "");
+        }
+        let flat = place.path("flat");
+        qemu_img(&["convert", "-f", format, "-O", "raw"], &[image, &flat], "");
+        assert!(
+            (0..128)
+                .chain(428..512)
+                .chain(640..1000)
+                .all(|number| holds(&flat, number, 1))
+        );
+        let bytes = std::fs::read(&flat).unwrap();
+        assert!(bytes[512 * 512..640 * 512].iter().all(|byte| *byte == 0));
+    }
+    qemu_img(&["snapshot", "-a", "before"], &[&kept], "");
+    let flat = place.path("flat");
+    qemu_img(&["convert", "-O", "raw"], &[&kept, &flat], "");
+    assert!((0..1000).all(|number| holds(&flat, number, 1)));
 }
 
 #[test]
