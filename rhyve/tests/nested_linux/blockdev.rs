@@ -97,3 +97,42 @@ fn linux_takes_a_block_device_and_a_disks_options() {
     let ended = ends(&mut guest, "poweroff -f", 1);
     assert!(!ended.errors.contains("error"), "{ended:?}");
 }
+
+/// Reads all of the disk in the guest past its cache: the sum.
+const READ: &str = "echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda";
+
+#[test]
+#[ignore = "nested lane"]
+fn linux_lets_go_of_a_disk_and_takes_it_back() {
+    let place = Place::new();
+    let file = place.path("disk.img");
+    fs::write(&file, vec![0x5a; 4 << 20]).unwrap();
+    let run = format!("-c 2 -s 2,virtio-blk,{},queues=2", file.display());
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", &run);
+    let sum = shell(&mut guest, READ);
+    // The driver lets go: the device is reset, and set up again.
+    let driver = "cd /sys/bus/virtio/drivers/virtio_blk; echo virtio0 >unbind; echo virtio0 >bind";
+    // The function goes and is found again: BARs, MSI-X and doorbells with it.
+    let function = "echo 1 >/sys/bus/pci/devices/0000:00:02.0/remove; echo 1 >/sys/bus/pci/rescan";
+    for again in [driver, function, driver, function] {
+        shell(&mut guest, again);
+        shell(&mut guest, "until [ -b /dev/vda ]; do sleep 0.1; done");
+        assert_eq!(shell(&mut guest, READ), sum, "{again}");
+    }
+    // A processor goes and comes, and with it a queue and its message; with requests under way.
+    let read = "{ while :; do dd if=/dev/vda of=/dev/null bs=4k iflag=direct; done 2>/dev/null & }";
+    shell(&mut guest, read);
+    for online in [0, 1, 0, 1] {
+        let one = "/sys/devices/system/cpu/cpu1/online";
+        assert_eq!(
+            number(&mut guest, &format!("echo {online} >{one}; cat {one}")),
+            online
+        );
+        assert_eq!(shell(&mut guest, READ), sum);
+    }
+    shell(&mut guest, "kill $!; wait 2>/dev/null");
+    let told = device(&place, "virtio-blk");
+    assert_eq!(told["virtio"]["interrupts"], "msi-x", "{told}");
+    assert_eq!(told["counters"]["bad requests"], 0, "{told}");
+    ends(&mut guest, "poweroff -f", 1);
+}
