@@ -92,7 +92,10 @@ impl Bar {
 
 /// No room for a BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no room for a PCI device's {size:#x} bytes of {space}: use fewer devices on its bus")]
+#[error(
+    "no room for a PCI device's {size:#x} bytes of {space}: use fewer devices on its bus{}",
+    if *space == "ports" { ", or virtio=modern, which takes fewer ports" } else { "" }
+)]
 pub struct NoRoom {
     /// What was wanted.
     pub size: u64,
@@ -200,6 +203,11 @@ mod tests {
             full.to_string(),
             "no room for a PCI device's 0x10 bytes of memory: use fewer devices on its bus"
         );
-        assert!(places.place(&io(0x1_0000)).is_err());
+        let full = places.place(&io(0x1_0000)).unwrap_err();
+        assert_eq!(
+            full.to_string(),
+            "no room for a PCI device's 0x10000 bytes of ports: use fewer devices on its bus, or \
+             virtio=modern, which takes fewer ports"
+        );
     }
 }

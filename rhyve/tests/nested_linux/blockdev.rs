@@ -86,6 +86,20 @@ fn linux_takes_a_block_device_and_a_disks_options() {
         let (written, read) = sums.split_once('\n').unwrap();
         assert_eq!(written, read, "{disk}");
     }
+    // A part of it goes bad, and is mended: the last block, in sectors.
+    let last = |guest: &mut _| {
+        let read = "dd if=/dev/vda of=/dev/null bs=4k skip=8191 iflag=direct 2>&1";
+        shell(
+            guest,
+            &format!("dmesg -n 1; {read} | grep -c 'Input/output'"),
+        )
+    };
+    for (change, errors) in [("+65528-65535", "1"), ("-65528-65535", "0")] {
+        fs::write(host.config.join("badblocks"), change).unwrap();
+        assert_eq!(last(&mut guest), errors, "{change}");
+    }
+    let told = device(&place, "virtio-blk");
+    assert_eq!(told["counters"]["host errors"], 1, "{told}");
     // What is discarded is gone on the host.
     let used = |bytes: &[u8]| bytes.iter().filter(|byte| **byte != 0).count();
     assert!(used(&fs::read(&host.node).unwrap()) > 7 << 20);
@@ -95,7 +109,8 @@ fn linux_takes_a_block_device_and_a_disks_options() {
     );
     assert_eq!(used(&fs::read(&host.node).unwrap()), 0);
     let ended = ends(&mut guest, "poweroff -f", 1);
-    assert!(!ended.errors.contains("error"), "{ended:?}");
+    let why = "read: Input/output error (os error 5) (error 1)";
+    assert!(ended.errors.contains(why), "{ended:?}");
 }
 
 /// Reads all of the disk in the guest past its cache: the sum.
