@@ -280,7 +280,7 @@ fn console_ports_sockets_and_a_balloon_serve_one_guest() {
     std::fs::create_dir(place.path("share")).unwrap();
     std::fs::write(place.path("share/hello"), "from the host\n").unwrap();
     let run = format!(
-        "-c 2 -s 2,virtio-rnd -s 3,virtio-console,console=pty,agent=unix:{},log=file:{} \
+        "-c 2 -s 2,virtio-rnd,rate=2000 -s 3,virtio-console,console=pty,agent=unix:{},log=file:{} \
          -s 4,virtio-balloon,reporting=off -s 5,virtio-vsock,path={} \
          -s 6,virtio-9p,rw={share} -s 7,virtio-9p,ro={share},ro",
         place.path("agent").display(),
@@ -289,7 +289,10 @@ fn console_ports_sockets_and_a_balloon_serve_one_guest() {
         share = place.path("share").display(),
     );
     let mut guest = boot(&place, "linux-full/vmlinuz", "-m 384M", "", &run);
-    assert_eq!(number(&mut guest, "head -c 1000 /dev/hwrng | wc -c"), 1000);
+    // More than the limit lets pass at once.
+    assert_eq!(number(&mut guest, "head -c 4000 /dev/hwrng | wc -c"), 4000);
+    let waits = &device(&place, "virtio-rnd")["counters"]["waits for the limit"];
+    assert!(waits.as_u64() > Some(0), "{waits}");
     consoles(&place, &mut guest);
     sockets(&place, &mut guest);
     share(&place, &mut guest);
