@@ -20,6 +20,9 @@ pub(super) struct Frames {
     received: Vec<u8>,
     /// What there was no room for.
     waiting: VecDeque<Vec<u8>>,
+    /// As many may wait while others are received. None: the card at the near end takes frames whether or
+    /// not it can send any.
+    pub(super) most_waiting: usize,
     /// The near end has gone.
     ended: bool,
 }
@@ -31,6 +34,7 @@ impl Frames {
             mtu: mtu.into(),
             received: vec![0; LARGEST],
             waiting: VecDeque::new(),
+            most_waiting: 0,
             ended: false,
         }
     }
@@ -94,7 +98,7 @@ impl Device for Frames {
 
     fn receive(&mut self, _now: Instant) -> Option<(Received<'_>, Sender<'_>)> {
         // An answer wants room.
-        if self.flush() {
+        if self.flush() && self.waiting.len() > self.most_waiting {
             return None;
         }
         let flags = MsgFlags::MSG_DONTWAIT;

@@ -32,6 +32,8 @@ impl Guest {
     fn with_mtu(spec: &UserSpec, mtu: u16) -> Self {
         let user = User::start(spec, Some(mtu)).unwrap();
         let mut frames = Frames::new(user.port.0.try_clone().unwrap(), mtu);
+        // As a card does, or both ends would wait for each other.
+        frames.most_waiting = usize::MAX;
         let config = Config::new(MAC.into());
         let mut interface = Interface::new(config, &mut frames, Instant::now());
         interface.update_ip_addrs(|all| all.push(IpCidr::new(GUEST.into(), 24)).unwrap());
