@@ -296,7 +296,10 @@ impl Running {
             return;
         };
         let _ = queue.kick().read();
-        while let Some(packet) = self.pending.front() {
+        for _ in 0..queue.size() {
+            let Some(packet) = self.pending.front() else {
+                break;
+            };
             let Some(chain) = self.spare.take().or_else(|| queue.pop()) else {
                 break;
             };
