@@ -342,3 +342,62 @@ fn memory_that_a_guest_does_not_use_goes_back_by_itself() {
     assert!(reported >= Some(16 * MIB), "{reported:?}");
     ends(&mut guest, "poweroff -f", 1);
 }
+
+/// Each device does what it is for.
+fn all_serve(place: &Place, guest: &mut Process, round: &str) {
+    assert_eq!(number(guest, "head -c 500 /dev/hwrng | wc -c"), 500);
+    shell(guest, &format!("echo {round} >/dev/hvc0"));
+    let log = place.path("log");
+    until("a line in the console's file", || {
+        std::fs::read_to_string(&log).is_ok_and(|log| log.contains(round))
+    });
+    let mount = "mkdir -p /src; mount -t 9p -o trans=virtio,version=9p2000.L src /src";
+    let write = format!("{mount} && echo {round} >/src/written && umount /src; echo $?");
+    assert_eq!(shell(guest, &write), "0");
+    let written = std::fs::read_to_string(place.path("share/written"));
+    assert_eq!(written.unwrap().trim_end(), round);
+    for size in ["32M", "0"] {
+        place.ok(&format!("vmmctl --vm=guest0 --set-balloon={size}"));
+        until(size, || {
+            device(place, "virtio-balloon")["properties"]["actual"] == size
+        });
+    }
+}
+
+#[test]
+#[ignore = "nested lane"]
+fn legacy_devices_serve_a_driver_that_leaves_and_comes_back() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("share")).unwrap();
+    let run = format!(
+        "-s 2,virtio-rnd,virtio=legacy -s 3,virtio-console,console=file:{},virtio=legacy \
+         -s 4,virtio-balloon,virtio=legacy -s 5,virtio-9p,src={},virtio=legacy",
+        place.path("log").display(),
+        place.path("share").display(),
+    );
+    let mut guest = boot(&place, "linux-full/vmlinuz", "-m 256M", "", &run);
+    all_serve(&place, &mut guest, "first");
+    for driver in [
+        "virtio_rng",
+        "virtio_console",
+        "virtio_balloon",
+        "9pnet_virtio",
+    ] {
+        let again = format!(
+            "cd /sys/bus/virtio/drivers/{driver} && device=$(basename virtio*) && \
+             echo $device >unbind && echo $device >bind; echo $?; cd /"
+        );
+        assert_eq!(shell(&mut guest, &again), "0", "{driver}");
+    }
+    all_serve(&place, &mut guest, "second");
+    for kind in [
+        "virtio-rnd",
+        "virtio-console",
+        "virtio-balloon",
+        "virtio-9p",
+    ] {
+        let device = device(&place, kind);
+        assert_eq!(device["virtio"]["transport"], "legacy", "{device}");
+    }
+    ends(&mut guest, "poweroff -f", 1);
+}
