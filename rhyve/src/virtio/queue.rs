@@ -291,22 +291,24 @@ impl Virtqueue {
         }
     }
 
-    /// Does the same, but for the last answer alone it takes its time: true if the driver wants to hear
-    /// of it and was not told. The driver may find it by itself before [`Virtqueue::signal`] is called,
-    /// which is then saved an interrupt. Without event index nothing says what it has found, and it
-    /// is told.
-    #[must_use]
-    pub fn signal_lazily(&mut self) -> bool {
-        if self.unsignalled && !self.broken && self.ring.event_idx_enabled() {
+    /// Does the same, but the last answer alone stays untold ([`Virtqueue::has_untold`]) until one of them
+    /// is called again: the driver may have found it by itself by then, which saves an interrupt. Without
+    /// event index nothing says what it has found, and it is told.
+    pub fn signal_lazily(&mut self) {
+        if self.has_untold() && self.ring.event_idx_enabled() {
             // The used index is written before the driver's wish is read.
             fence(Ordering::SeqCst);
             let last = self.ring.next_used().wrapping_sub(1);
             if self.event().is_ok_and(|event| event == last) {
-                return true;
+                return;
             }
         }
         self.signal();
-        false
+    }
+
+    /// Whether there are answers the driver was not told of.
+    pub fn has_untold(&self) -> bool {
+        self.unsignalled && !self.broken
     }
 
     /// Asks the driver not to kick: whoever serves the queue is looking anyway. It may do so

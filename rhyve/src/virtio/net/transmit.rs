@@ -24,20 +24,23 @@ const LATE: Duration = Duration::from_millis(4);
 pub(super) fn run(mut work: Work, mut waiter: Waiter) -> Virtqueue {
     let port = work.port.clone();
     let mut pace = Pace::default();
-    let mut patient = be_patient(&work, true);
-    let mut untold = false;
+    let mut patient = true;
+    be_patient(&work, patient);
     while !waiter.stopped() {
         work.queue.disable_kicks();
         while !waiter.stopped()
             && let Some(chain) = work.queue.pop()
         {
+            // Of the one before it, if that has not been found: this one may wait for room.
+            work.queue.signal();
             send(&work, &*port, &chain, &mut waiter);
             work.queue.add_used(chain.head(), 0);
             let len = chain.readable_len() as usize;
             pace.moved(len);
             // With event index the driver hears of it only if it waits for room.
-            untold = len <= SMALL && work.queue.signal_lazily();
-            if !untold {
+            if len <= SMALL {
+                work.queue.signal_lazily();
+            } else {
                 work.queue.signal();
             }
         }
@@ -49,24 +52,23 @@ pub(super) fn run(mut work: Work, mut waiter: Waiter) -> Virtqueue {
         // the next frame, or each is moved on its own. An answer: nothing else is to come.
         let stream = !(pace.is_single() && work.shared.receives_single(work.pair));
         if stream != patient {
-            patient = be_patient(&work, stream);
+            patient = stream;
+            be_patient(&work, patient);
         }
-        if !waiter.wait(None, untold.then_some(LATE)) {
+        if !waiter.wait(None, work.queue.has_untold().then_some(LATE)) {
             work.queue.signal();
-            untold = false;
         }
     }
     work.queue.signal();
     work.queue
 }
 
-/// Sets the thread's policy, or leaves it as it is; returns what was asked for.
-fn be_patient(work: &Work, patient: bool) -> bool {
+/// Sets the thread's policy, or leaves it as it is.
+fn be_patient(work: &Work, patient: bool) {
     if let Err(error) = crate::thread::be_patient(patient) {
         let label = work.shared.label();
         tracing::debug!(target: "rhyve::virtio::net", "{label}: SCHED_BATCH {patient}: {error}");
     }
-    patient
 }
 
 /// Sends one frame, or drops it.
