@@ -13,9 +13,9 @@ pub fn builder(name: impl Into<String>) -> Builder {
     Builder::new().name(name.into()).stack_size(STACK)
 }
 
-/// Has this thread never take a processor from another one that is at work (SCHED_BATCH, sched(7)):
-/// what wakes it goes on, and so there is more to do at once when its turn comes. It comes when the
-/// other one waits, at the latest when its share is used up. Or has it do so again (SCHED_OTHER).
+/// Has this thread never take a processor from another one that is at work (SCHED_BATCH, sched(7)), or, if
+/// not `patient`, as any thread (SCHED_OTHER). What wakes a patient one goes on, and so there is more to do
+/// at once when its turn comes: when the other one waits, at the latest when its share is used up.
 ///
 /// # Errors
 /// The system refuses.

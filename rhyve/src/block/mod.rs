@@ -28,6 +28,7 @@ pub mod raw;
 #[cfg(test)]
 mod tests;
 pub mod uring;
+mod zeros;
 
 /// Unit of a disk's addresses, whatever its block size (virtio 1.3, 5.2.6).
 pub const SECTOR: u64 = 512;

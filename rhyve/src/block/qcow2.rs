@@ -19,8 +19,8 @@ use imago::qcow2::Qcow2 as Driver;
 use imago::{FormatAccess, Mapping, StorageExt, StorageOpenOptions};
 use vm_memory::VolatileSlice;
 
-use super::raw::{ZEROS, open_locked};
-use super::{Backend, BlockError, Extent, Info, SECTOR};
+use super::raw::open_locked;
+use super::{Backend, BlockError, Extent, Info, SECTOR, zeros};
 use crate::config::BlockSpec;
 
 /// A qcow2 image.
@@ -80,40 +80,27 @@ impl Qcow2 {
     /// # Errors
     /// `Unsupported` by images of version 2: what the host was given back does not tell.
     fn give_back(&self, extent: Extent) -> io::Result<()> {
-        {
-            // Nobody may be given a cluster that is going to be a hole.
-            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
-            let mut at = extent.offset;
-            while at < extent.end() {
-                let (mapping, len) = image.get_mapping(at, extent.end() - at)?;
-                // What a snapshot has as well, or a file under this one, is not writable.
-                if let Mapping::Raw {
-                    storage,
-                    offset,
-                    writable: true,
-                    ..
-                } = mapping
-                {
-                    storage.discard(offset, len)?;
-                }
-                if len == 0 {
-                    break;
-                }
-                at += len;
-            }
-            image.discard_to_zero(extent.offset, extent.len)?;
-        }
-        self.settle(false)
-    }
-
-    fn write_plain_zeroes(&self, extent: Extent) -> io::Result<()> {
+        // Nobody may be given a cluster that is going to be a hole.
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
         let mut at = extent.offset;
         while at < extent.end() {
-            let now = (extent.end() - at).min(ZEROS.0.len() as u64);
-            self.image().write(&ZEROS.0[..now as usize], at)?;
-            at += now;
+            let (mapping, len) = image.get_mapping(at, extent.end() - at)?;
+            // What a snapshot has as well, or a file under this one, is not writable.
+            if let Mapping::Raw {
+                storage,
+                offset,
+                writable: true,
+                ..
+            } = mapping
+            {
+                storage.discard(offset, len)?;
+            }
+            if len == 0 {
+                break;
+            }
+            at += len;
         }
-        Ok(())
+        image.discard_to_zero(extent.offset, extent.len)
     }
 
     /// Something was changed.
@@ -161,7 +148,7 @@ impl Backend for Qcow2 {
         match self.give_back(extent) {
             // It may read as anything.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-            given => given,
+            given => given.and_then(|()| self.settle(false)),
         }
     }
 
@@ -173,7 +160,7 @@ impl Backend for Qcow2 {
         };
         match made {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                self.write_plain_zeroes(extent)?;
+                zeros::write(extent, |zeros, at| self.image().write(zeros, at))?;
             }
             made => made?,
         }
@@ -225,7 +212,8 @@ fn told(error: BlockError) -> io::Error {
 
 /// imago reads and writes an encrypted image as if it were a plain one.
 fn refuse_encrypted(path: &Path) -> Result<(), BlockError> {
-    // Where the method is in a header of any version; 0 is none.
+    // Where a header of any version has its crypt_method (QEMU's docs/interop/qcow2.rst), of big-endian
+    // 32 bits; 0 is none.
     const METHOD: u64 = 32;
     let mut method = [0; 4];
     let file = File::open(path).map_err(BlockError::io("open", path))?;

@@ -16,17 +16,11 @@ use nix::sys::stat::{major, minor};
 use vm_memory::VolatileSlice;
 use vmm_api::{blockdev, scatter};
 
-use super::{Backend, BlockError, Extent, Info, Plain, SECTOR, part, total_len};
+use super::{Backend, BlockError, Extent, Info, Plain, SECTOR, part, total_len, zeros};
 use crate::config::{BlockSpec, ImageFormat};
 
 /// Bytes that are copied at a time where the guest's buffers do not suit O_DIRECT.
 const BOUNCE: u64 = 1 << 20;
-
-/// What is written where a file system cannot make zeros itself. Aligned for O_DIRECT.
-#[repr(align(4096))]
-pub(super) struct Zeros(pub [u8; 1 << 16]);
-
-pub(super) static ZEROS: Zeros = Zeros([0; 1 << 16]);
 
 /// A raw image.
 pub struct Raw {
@@ -124,16 +118,6 @@ impl Raw {
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         self.allocate(mode, extent)
     }
-
-    fn write_plain_zeroes(&self, extent: Extent) -> io::Result<()> {
-        let mut at = extent.offset;
-        while at < extent.end() {
-            let now = (extent.end() - at).min(ZEROS.0.len() as u64);
-            self.file.write_all_at(&ZEROS.0[..now as usize], at)?;
-            at += now;
-        }
-        Ok(())
-    }
 }
 
 impl Backend for Raw {
@@ -197,7 +181,7 @@ impl Backend for Raw {
         };
         match made {
             Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => {
-                self.write_plain_zeroes(extent)
+                zeros::write(extent, |zeros, at| self.file.write_all_at(zeros, at))
             }
             made => Ok(made?),
         }

@@ -1,7 +1,8 @@
 //! Disks side by side, in the nested lane: the same kernel, root and data disk, fio in the guest, one
 //! vCPU, KVM for both. Networks are measured on the same [`Stage`], by [`super::net`].
 //!
-//! Both guests stay up, and measure by turns: what disturbs the machine for a while disturbs both.
+//! Both guests stay up and measure by turns, while the other stands still: what disturbs the machine for a
+//! while disturbs both.
 
 use std::error::Error;
 use std::fmt::Write;

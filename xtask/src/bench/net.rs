@@ -2,8 +2,8 @@
 //! tap interface for each guest. QEMU has one guest whose frames it moves itself, as rhyve does, and
 //! one with vhost, whose frames the lane's kernel moves.
 //!
-//! iperf3 and the asker of the request-response row run in the lane, their servers in the guests; all
-//! guests stay up, and measure by turns.
+//! iperf3 and the asker of the request-response row run in the lane, their servers in the guests. All
+//! guests stay up and are measured by turns, while the others stand still.
 
 use std::error::Error;
 use std::io::{self, Read, Write};
@@ -35,7 +35,7 @@ const JOBS: [(&str, Job); 6] = [
         Job::Stream(&["--reverse", "--parallel", "4"]),
     ),
     ("a byte there and back", Job::Answers(1)),
-    ("the same, eight at once", Job::Answers(8)),
+    ("the same, eight at once", Job::Answers(ECHOES)),
 ];
 
 /// How a row is measured.
