@@ -129,9 +129,12 @@ impl<'c, 'm> Cursor<'c, 'm> {
         let mut left = count;
         while let Some(piece) = self.step(left) {
             left -= piece.len;
-            // A segment may run from one region of memory into the next. It is RAM: no errors.
-            let parts = self.memory.get_slices(piece.address, piece.len as usize);
-            slices.extend(parts.flatten());
+            let len = piece.len as usize;
+            match self.memory.get_slice(piece.address, len) {
+                Ok(slice) => slices.push(slice),
+                // It runs from one region of memory into the next. It is RAM: no errors.
+                Err(_) => slices.extend(self.memory.get_slices(piece.address, len).flatten()),
+            }
         }
         slices
     }

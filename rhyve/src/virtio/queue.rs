@@ -1,24 +1,20 @@
 //! A virtqueue as its device sees it: requests come out, answers go in (2.7).
 //!
-//! Over [`virtio_queue::Queue`], which knows the rings. What is added here is what a device would
-//! otherwise have to do by itself: whole chains, checked before a device sees them; the flag by
-//! which a driver without event index says that it wants no interrupts; and an end to a queue whose
-//! driver broke it.
+//! What a device would otherwise have to do by itself is done here: whole chains, checked before a device
+//! sees them; interrupts that the driver wants, and no others; and an end to a queue whose driver broke it.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use nix::sys::eventfd::EventFd;
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
-use super::chain::Segments;
-use super::{Chain, Interrupts, Segment};
+use self::ring::Ring;
+use super::{Chain, Interrupts};
 
-/// The longest chain: as many segments as preadv(2) takes (IOV_MAX).
-const MAX_SEGMENTS: usize = 1024;
+mod ring;
+mod walk;
 
 /// Where a driver has put a queue, in guest-physical addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,8 +84,7 @@ impl QueueCounters {
 /// answers.
 pub struct Virtqueue {
     index: u16,
-    ring: Queue,
-    memory: GuestMemoryMmap,
+    ring: Ring,
     kick: Arc<EventFd>,
     interrupts: Arc<dyn Interrupts>,
     counters: Arc<QueueCounters>,
@@ -119,21 +114,10 @@ impl Virtqueue {
             rings,
             problem,
         };
-        let mut ring = Queue::new(rings.size).map_err(|e| problem(e.to_string()))?;
-        ring.try_set_desc_table_address(GuestAddress(rings.descriptors))
-            .and_then(|()| ring.try_set_avail_ring_address(GuestAddress(rings.available)))
-            .and_then(|()| ring.try_set_used_ring_address(GuestAddress(rings.used)))
-            .map_err(|e| problem(e.to_string()))?;
-        ring.set_event_idx(rings.event_index);
-        ring.set_ready(true);
-        // At 0 there is no driver's ring but a forgotten one.
-        if rings.available == 0 || !ring.is_valid(&memory) {
-            return Err(problem("not in RAM".into()));
-        }
+        let ring = Ring::new(&rings, memory).map_err(problem)?;
         Ok(Self {
             index,
             ring,
-            memory,
             kick,
             interrupts,
             counters: Arc::default(),
@@ -146,17 +130,9 @@ impl Virtqueue {
 
     /// Goes on where another process left off. To be called before anything is popped.
     pub fn resume_at(&mut self, position: Position) {
-        let Position {
-            next_avail,
-            next_used,
-        } = position;
-        self.ring.set_next_avail(next_avail);
-        self.ring.set_next_used(next_used);
-        self.looked_at = next_used;
-        self.counters
-            .next_avail
-            .store(next_avail, Ordering::Relaxed);
-        self.counters.next_used.store(next_used, Ordering::Relaxed);
+        self.ring.set_position(position);
+        self.looked_at = position.next_used;
+        self.count();
     }
 
     /// Its number in the device.
@@ -171,7 +147,7 @@ impl Virtqueue {
 
     /// Guest memory.
     pub fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+        self.ring.memory()
     }
 
     /// Readable when the driver says that there are requests; reading it takes the news.
@@ -198,8 +174,7 @@ impl Virtqueue {
             Ok(chain) => {
                 if chain.is_some() {
                     self.in_flight += 1;
-                    let next = self.ring.next_avail();
-                    self.counters.next_avail.store(next, Ordering::Relaxed);
+                    self.count();
                 }
                 chain
             }
@@ -212,58 +187,32 @@ impl Virtqueue {
 
     /// Whether there is a request to pop.
     pub fn has_requests(&self) -> bool {
-        !self.broken
-            && self
-                .ring
-                .avail_idx(&self.memory, Ordering::Acquire)
-                .is_ok_and(|index| index.0 != self.ring.next_avail())
+        !self.broken && self.ring.waiting().is_ok_and(|waiting| waiting != 0)
     }
 
     /// Answers the request with this [`Chain::head`], of whose writable part the first `written`
     /// bytes were written.
     pub fn add_used(&mut self, head: u16, written: u32) {
-        if self.broken {
-            return;
-        }
-        self.in_flight = self.in_flight.saturating_sub(1);
-        match self.ring.add_used(&self.memory, head, written) {
-            Ok(()) => {
-                self.unsignalled = true;
-                self.counters.requests.fetch_add(1, Ordering::Relaxed);
-                let next = self.ring.next_used();
-                self.counters.next_used.store(next, Ordering::Relaxed);
-            }
-            Err(error) => self.fail(&error.to_string()),
-        }
+        self.add_used_together(&[(head, written)]);
     }
 
     /// Answers several requests at once: the driver sees all of these answers or none. A frame that
     /// takes several buffers wants that (5.1.6.4.1). Each is a [`Chain::head`] and bytes written.
     pub fn add_used_together(&mut self, answers: &[(u16, u32)]) {
-        let Some((&(head, written), earlier)) = answers.split_last() else {
-            return;
-        };
-        if self.broken || answers.len() > usize::from(self.size()) {
+        let count = answers.len() as u16;
+        if self.broken || answers.is_empty() || answers.len() > self.size().into() {
             return;
         }
-        let first = self.ring.next_used();
-        for (offset, &(head, written)) in (0..).zip(earlier) {
-            let slot = first.wrapping_add(offset) % self.size();
-            let at = self.ring.used_ring() + 4 + 8 * u64::from(slot);
-            let element = u64::from(head) | u64::from(written) << 32;
-            let stored = self.memory.write_obj(element.to_le(), GuestAddress(at));
-            if let Err(error) = stored {
-                self.fail(&error.to_string());
-                return;
-            }
-        }
-        let count = earlier.len() as u16;
         self.in_flight = self.in_flight.saturating_sub(count);
-        self.ring.set_next_used(first.wrapping_add(count));
-        self.add_used(head, written);
-        self.counters
-            .requests
-            .fetch_add(count.into(), Ordering::Relaxed);
+        match self.ring.answer(answers) {
+            Ok(()) => {
+                self.unsignalled = true;
+                let requests = &self.counters.requests;
+                requests.fetch_add(count.into(), Ordering::Relaxed);
+                self.count();
+            }
+            Err(error) => self.fail(&error.to_string()),
+        }
     }
 
     /// Puts the last `count` requests that were popped back, not answered: they come again. All that
@@ -271,9 +220,10 @@ impl Virtqueue {
     pub fn give_back(&mut self, count: usize) {
         let count = u16::try_from(count).unwrap_or(u16::MAX).min(self.in_flight);
         self.in_flight -= count;
-        let next = self.ring.next_avail().wrapping_sub(count);
-        self.ring.set_next_avail(next);
-        self.counters.next_avail.store(next, Ordering::Relaxed);
+        let mut position = self.ring.position();
+        position.next_avail = position.next_avail.wrapping_sub(count);
+        self.ring.set_position(position);
+        self.count();
     }
 
     /// Tells the driver of answers since the last time, if it wants to hear of them.
@@ -295,11 +245,11 @@ impl Virtqueue {
     /// is called again: the driver may have found it by itself by then, which saves an interrupt. Without
     /// event index nothing says what it has found, and it is told.
     pub fn signal_lazily(&mut self) {
-        if self.has_untold() && self.ring.event_idx_enabled() {
+        if self.has_untold() && self.ring.event_index() {
             // The used index is written before the driver's wish is read.
             fence(Ordering::SeqCst);
-            let last = self.ring.next_used().wrapping_sub(1);
-            if self.event().is_ok_and(|event| event == last) {
+            let last = self.ring.position().next_used.wrapping_sub(1);
+            if self.ring.used_event().is_ok_and(|event| event == last) {
                 return;
             }
         }
@@ -315,7 +265,7 @@ impl Virtqueue {
     /// nevertheless.
     pub fn disable_kicks(&mut self) {
         if !self.broken
-            && let Err(error) = self.ring.disable_notification(&self.memory)
+            && let Err(error) = self.ring.want_kicks(false)
         {
             self.fail(&error.to_string());
         }
@@ -328,12 +278,18 @@ impl Virtqueue {
         if self.broken {
             return false;
         }
-        self.ring
-            .enable_notification(&self.memory)
-            .unwrap_or_else(|error| {
+        let waiting = self.ring.want_kicks(true).and_then(|()| {
+            // The wish is written before the driver's index is read.
+            fence(Ordering::SeqCst);
+            self.ring.waiting()
+        });
+        match waiting {
+            Ok(waiting) => waiting != 0,
+            Err(error) => {
                 self.fail(&error.to_string());
                 false
-            })
+            }
+        }
     }
 
     /// Serves all requests there are: `answer` says how many bytes it wrote. For devices that
@@ -343,7 +299,7 @@ impl Virtqueue {
         self.disable_kicks();
         for _ in 0..self.size() {
             let Some(chain) = self.pop() else { break };
-            let written = answer(&self.memory, &chain);
+            let written = answer(self.ring.memory(), &chain);
             self.add_used(chain.head(), written);
         }
         self.signal();
@@ -351,46 +307,45 @@ impl Virtqueue {
     }
 
     fn next_chain(&mut self) -> Result<Option<Chain>, String> {
-        if !self.has_requests() {
-            return Ok(None);
+        let size = self.size();
+        match self.ring.waiting() {
+            Ok(0) => return Ok(None),
+            Ok(waiting) if waiting > size => {
+                return Err(format!("the available index is {waiting} ahead, of {size}"));
+            }
+            Ok(_) if self.in_flight >= size => {
+                return Err("more requests are available than there are descriptors".into());
+            }
+            Ok(_) => {}
+            Err(error) => return Err(error.to_string()),
         }
-        // The iterator looks whether the driver's index is one it can have.
-        let mut chains = self.ring.iter(&self.memory).map_err(|e| e.to_string())?;
-        let chain = chains.next().ok_or("the available index went back")?;
-        if self.in_flight >= self.ring.size() {
-            return Err("more requests are available than there are descriptors".into());
-        }
-        collect(&self.memory, chain).map(Some)
+        let head = self.ring.take().map_err(|e| e.to_string())?;
+        let table = self.ring.descriptors().map_err(|e| e.to_string())?;
+        walk::chain(self.ring.memory(), table, head).map(Some)
     }
 
-    fn wants_interrupt(&mut self) -> Result<bool, virtio_queue::Error> {
+    fn wants_interrupt(&mut self) -> Result<bool, GuestMemoryError> {
         // The used index is written before the driver's wish is read.
         fence(Ordering::SeqCst);
-        if self.ring.event_idx_enabled() {
-            // Not the ring's own count, which knows of no answers that are given together. The
-            // driver wants to hear when its index was passed since the last look (2.7.7.2).
-            let now = self.ring.next_used();
-            let before = std::mem::replace(&mut self.looked_at, now);
-            let event = self.event()?;
-            let passed = now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before);
-            return Ok(passed);
+        if !self.ring.event_index() {
+            return self.ring.wants_interrupts();
         }
-        let flags = self.load(self.ring.avail_ring())?;
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // The driver wants to hear when its index was passed since the last look (2.7.7.2).
+        let now = self.ring.position().next_used;
+        let before = std::mem::replace(&mut self.looked_at, now);
+        let event = self.ring.used_event()?;
+        Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before))
     }
 
-    /// The answer of which the driver wants to hear, by its place in the used ring (`used_event`,
-    /// 2.7.7).
-    fn event(&self) -> Result<u16, virtio_queue::Error> {
-        self.load(self.ring.avail_ring() + 4 + 2 * u64::from(self.ring.size()))
-    }
-
-    fn load(&self, at: u64) -> Result<u16, virtio_queue::Error> {
-        let value: u16 = self
-            .memory
-            .load(GuestAddress(at), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(value))
+    /// Has others see how far it got.
+    fn count(&self) {
+        let Position {
+            next_avail,
+            next_used,
+        } = self.ring.position();
+        let counters = &self.counters;
+        counters.next_avail.store(next_avail, Ordering::Relaxed);
+        counters.next_used.store(next_used, Ordering::Relaxed);
     }
 
     fn fail(&mut self, problem: &str) {
@@ -404,50 +359,6 @@ impl Virtqueue {
 impl AsFd for Virtqueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
-    }
-}
-
-/// Reads a chain, once.
-fn collect(
-    memory: &GuestMemoryMmap,
-    chain: DescriptorChain<&GuestMemoryMmap>,
-) -> Result<Chain, String> {
-    let head = chain.head_index();
-    let mut segments = Segments::new();
-    let mut readable = 0;
-    let mut writing = false;
-    // virtio_queue ends a chain it cannot follow (a loop, a table in a table, a table of no whole
-    // descriptors, more bytes than 32 bits count) as if it were complete: it is not if its last
-    // descriptor, or the one that led into a table, says that there is more.
-    let mut complete = false;
-    for descriptor in chain {
-        complete = !descriptor.has_next();
-        match (writing, descriptor.is_write_only()) {
-            (true, false) => return Err("a readable descriptor follows a writable one".into()),
-            (_, now) => writing = now,
-        }
-        let segment = Segment {
-            address: descriptor.addr(),
-            len: descriptor.len(),
-        };
-        // Nothing to read or write: Linux's vhost passes over it as well.
-        if segment.len == 0 {
-            continue;
-        }
-        if !memory.check_range(segment.address, segment.len as usize) {
-            let (gpa, len) = (segment.address.0, segment.len);
-            return Err(format!("{len:#x} bytes at {gpa:#x} are not RAM"));
-        }
-        if segments.len() == MAX_SEGMENTS {
-            return Err(format!("a chain has more than {MAX_SEGMENTS} descriptors"));
-        }
-        segments.push(segment);
-        readable += usize::from(!writing);
-    }
-    if complete {
-        Ok(Chain::new(head, segments, readable))
-    } else {
-        Err("a chain of descriptors has no end".into())
     }
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::{Buffer, FakeInterrupts, GuestDriver, RawDescriptor};
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 
 fn rig(driver: &GuestDriver) -> (Virtqueue, Arc<FakeInterrupts>) {
     let interrupts = FakeInterrupts::new();
