@@ -108,6 +108,15 @@ pub(super) fn set_header(tun: impl AsFd, len: usize) -> io::Result<()> {
     done(unsafe { libc::ioctl(fd, TUNSETVNETHDRSZ, std::ptr::from_ref(&len)) })
 }
 
+/// How many bytes a queue takes at most until they are delivered.
+pub(super) fn send_buffer(tun: impl AsFd) -> io::Result<i32> {
+    let fd = tun.as_fd().as_raw_fd();
+    let mut size: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives.
+    done(unsafe { libc::ioctl(fd, libc::TUNGETSNDBUF, std::ptr::from_mut(&mut size)) })?;
+    Ok(size)
+}
+
 /// A socket for the requests below.
 pub(super) fn control() -> io::Result<OwnedFd> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};

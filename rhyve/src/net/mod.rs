@@ -79,6 +79,13 @@ pub trait Port: Send + Sync {
     /// `WouldBlock` if there is none; another error if the backend is gone for good.
     fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize>;
 
+    /// Has [`Port::receive`] wait until there is a frame, or no more: one system call instead of two for a
+    /// frame that is waited for. Whoever ends it has to interrupt the call as well. False if it cannot wait.
+    fn wait_in_receive(&self, wait: bool) -> bool {
+        let _ = wait;
+        false
+    }
+
     /// Sends a frame.
     ///
     /// # Errors

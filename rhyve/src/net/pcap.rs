@@ -145,6 +145,10 @@ impl Port for RecordedPort {
         Ok(len)
     }
 
+    fn wait_in_receive(&self, wait: bool) -> bool {
+        self.port.wait_in_receive(wait)
+    }
+
     fn send(&self, from: &[VolatileSlice<'_>]) -> io::Result<()> {
         self.port.send(from)?;
         self.record.add(from, usize::MAX - 16);

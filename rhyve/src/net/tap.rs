@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use vm_memory::VolatileSlice;
 use vmm_api::scatter;
@@ -35,6 +36,8 @@ pub struct Tap {
 
 struct Queue {
     fd: Arc<OwnedFd>,
+    /// Its send never waits, whatever the descriptor says: there is no end to what it takes.
+    endless: bool,
 }
 
 impl Tap {
@@ -87,7 +90,6 @@ impl Tap {
                 let source = io::Error::other("it has no Ethernet frames, or more (IFF_NO_PI)");
                 return Err(error(source));
             }
-            use nix::fcntl::{FcntlArg, OFlag, fcntl};
             fcntl(&inherited, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
                 .map_err(|errno| error(errno.into()))?;
             known.get_or_insert((name, flags & libc::IFF_VNET_HDR != 0));
@@ -114,7 +116,11 @@ impl Tap {
             name,
             queues: fds
                 .into_iter()
-                .map(|fd| Arc::new(Queue { fd: Arc::new(fd) }))
+                .map(|fd| {
+                    let endless = ifreq::send_buffer(&fd).is_ok_and(|size| size == i32::MAX);
+                    let fd = Arc::new(fd);
+                    Arc::new(Queue { fd, endless })
+                })
                 .collect(),
         };
         tap.configure(12, Offloads::empty())
@@ -237,6 +243,16 @@ impl Port for Queue {
 
     fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
         scatter::receive(&self.fd, into)
+    }
+
+    fn wait_in_receive(&self, wait: bool) -> bool {
+        // Both directions have one flag.
+        let flags = if wait {
+            OFlag::empty()
+        } else {
+            OFlag::O_NONBLOCK
+        };
+        self.endless && fcntl(&self.fd, FcntlArg::F_SETFL(flags)).is_ok()
     }
 
     fn send(&self, from: &[VolatileSlice<'_>]) -> io::Result<()> {

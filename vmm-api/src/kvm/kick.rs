@@ -32,14 +32,32 @@ fn signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// A way to interrupt one vCPU's thread from any other.
+/// A way to interrupt one thread from any other.
 #[derive(Clone, Copy, Debug)]
 pub struct Kick {
     tid: libc::pid_t,
 }
 
 impl Kick {
-    /// Makes the vCPU's KVM_RUN return [`crate::exit::VmExit::Interrupted`] now, or the next time.
+    /// For the calling thread, which runs no vCPU: a kick ends a system call in which it waits (EINTR), and
+    /// does nothing to it otherwise.
+    pub fn this_thread() -> Self {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            // SAFETY: the handler only writes through a thread-local pointer, which is
+            // async-signal-safe; all-zero is a valid sigaction with no flags and an empty mask.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = on_kick as *const () as libc::sighandler_t;
+                libc::sigaction(signal(), &action, ptr::null_mut());
+            }
+        });
+        Self {
+            tid: nix::unistd::gettid().as_raw(),
+        }
+    }
+
+    /// Makes a vCPU's KVM_RUN return [`crate::exit::VmExit::Interrupted`] now, or the next time.
     pub fn kick(&self) {
         // SAFETY: tgkill takes plain numbers. A thread that has ended in the meantime is ESRCH; the
         // thread group is our own, so no other process can be hit.
@@ -53,20 +71,8 @@ impl Kick {
 ///
 /// `immediate_exit` stays valid until this thread calls [`disarm`] or ends.
 pub(super) unsafe fn arm(immediate_exit: *mut u8) -> Kick {
-    static HANDLER: Once = Once::new();
-    HANDLER.call_once(|| {
-        // SAFETY: the handler only writes through a thread-local pointer, which is
-        // async-signal-safe; all-zero is a valid sigaction with no flags and an empty mask.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_kick as *const () as libc::sighandler_t;
-            libc::sigaction(signal(), &action, ptr::null_mut());
-        }
-    });
     IMMEDIATE_EXIT.with(|cell| cell.set(immediate_exit));
-    Kick {
-        tid: nix::unistd::gettid().as_raw(),
-    }
+    Kick::this_thread()
 }
 
 /// The calling thread runs no vCPU any more.

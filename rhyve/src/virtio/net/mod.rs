@@ -8,10 +8,11 @@
 //!
 //! A frame is moved by one system call, straight between guest memory and the backend. A receive
 //! thread offers the backend as many buffers as the largest frame needs (while small ones come one at
-//! a time, one and a buffer of its own) and gives the driver those that were filled, all at once. What makes no sense (a buffer without room for a header, a command
-//! that is none) is answered and counted; an error of the host is a line in the log and a link that
-//! is down.
+//! a time, one and a buffer of its own) and gives the driver those that were filled, all at once. What
+//! makes no sense (a buffer without room for a header, a command that is none) is answered and counted;
+//! an error of the host is a line in the log and a link that is down.
 
+mod bell;
 mod config;
 mod control;
 mod device;

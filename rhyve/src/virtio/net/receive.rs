@@ -79,7 +79,8 @@ pub(super) fn run(work: Work, mut waiter: Waiter) -> Virtqueue {
 }
 
 impl<'m> Receiving<'m> {
-    /// Moves a frame, or waits: once, for a wait takes the bell's ring away.
+    /// Moves a frame, or waits: once, for a wait takes the bell's ring away. What is alone by habit is waited
+    /// for and received in one.
     fn turn(&mut self, waiter: &mut Waiter) {
         let shared = &self.work.shared;
         if shared.is_lost() || self.work.pair >= shared.active_pairs.load(Relaxed) {
@@ -94,12 +95,16 @@ impl<'m> Receiving<'m> {
                 return self.wait(waiter, true, None, timeout);
             }
             self.patient = false;
-            if self.pace.is_enough() && self.unasked < UNASKED {
+            let alone = self.pace.is_enough() && self.unasked < UNASKED && self.has_enough();
+            if alone {
                 self.unasked += 1;
-                return self.wait_for_frame(waiter);
+                self.waits();
+            } else {
+                waiter.come_back();
             }
-            self.receive()
+            self.receive(alone.then_some(waiter))
         } else {
+            waiter.come_back();
             self.discard()
         };
         match result {
@@ -112,10 +117,16 @@ impl<'m> Receiving<'m> {
         }
     }
 
-    fn wait_for_frame(&mut self, waiter: &mut Waiter) {
+    /// Nothing is to be done until there is a frame.
+    fn waits(&mut self) {
         self.pace.waits();
         let (shared, pair) = (&self.work.shared, self.work.pair);
         shared.set_receives_single(pair, self.pace.is_single());
+    }
+
+    fn wait_for_frame(&mut self, waiter: &mut Waiter) {
+        self.waits();
+        let shared = &self.work.shared;
         let ready = self.work.port.wait();
         let more = shared.is_up() && !self.has_enough();
         self.wait(waiter, more, Some((&ready, EpollFlags::EPOLLIN)), None);
@@ -192,8 +203,8 @@ impl<'m> Receiving<'m> {
         Ok(())
     }
 
-    /// Receives a frame into the buffers there are.
-    fn receive(&mut self) -> io::Result<()> {
+    /// Receives a frame into the buffers there are; waits for it with a waiter.
+    fn receive(&mut self, waiter: Option<&mut Waiter>) -> io::Result<()> {
         let header = self.work.header;
         // Without headers in the backend, the driver's are written here.
         let ours = if self.work.shared.backend.info().header {
@@ -217,7 +228,11 @@ impl<'m> Receiving<'m> {
         });
         let taken = ours + slices.iter().map(VolatileSlice::len).sum::<usize>();
         slices.push(self.spill.as_mut_slice().into());
-        let len = ours + self.work.port.receive(&slices)?;
+        let received = match waiter {
+            Some(waiter) => waiter.receive(&self.work.port, &slices),
+            None => self.work.port.receive(&slices),
+        };
+        let len = ours + received?;
         drop(slices);
         self.pace.moved(len);
         let counters = &self.work.shared.counters;

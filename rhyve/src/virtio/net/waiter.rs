@@ -6,42 +6,13 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use vm_memory::VolatileSlice;
 
-use crate::net::Wait;
-
-/// What calls a thread from its wait.
-pub(super) struct Bell {
-    stop: AtomicBool,
-    event: EventFd,
-}
-
-impl Bell {
-    /// # Errors
-    /// The host is out of descriptors.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            stop: AtomicBool::new(false),
-            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-        })
-    }
-
-    /// Has the thread look at everything again.
-    pub fn ring(&self) {
-        // It fails only if the counter is full of rings already.
-        let _ = self.event.write(1);
-    }
-
-    /// Has it end.
-    pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        self.ring();
-    }
-}
+use super::bell::Bell;
+use crate::net::{Port, Wait};
 
 /// A port to wait for, to read or to write.
 type Ready = (Arc<OwnedFd>, EpollFlags);
@@ -52,6 +23,8 @@ pub(super) struct Waiter {
     epoll: Epoll,
     /// What is in the set besides the bell and the kick.
     port: Option<Ready>,
+    /// The thread waits in a port's receive.
+    away: bool,
 }
 
 /// What [`Waiter::wait`] knows the bell by.
@@ -67,25 +40,27 @@ impl Waiter {
     /// The host is out of descriptors.
     pub fn new(bell: Arc<Bell>, kick: impl AsFd) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&bell.event, EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
+        epoll.add(&*bell, EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
         let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         epoll.add(kick, EpollEvent::new(edge, OTHER))?;
         Ok(Self {
             bell,
             epoll,
             port: None,
+            away: false,
         })
     }
 
     /// Whether the thread is to end.
     pub fn stopped(&self) -> bool {
-        self.bell.stop.load(Ordering::Acquire)
+        self.bell.stopped()
     }
 
     /// Waits for the bell, for a kick since the last time, for `port`, which is readable or writable by
     /// `flags`, and at most for `timeout`; false if nothing came in this time. A thread that is to end waits
     /// for nothing, for an earlier wait may have taken the ring that told it.
     pub fn wait(&mut self, port: Option<(&Wait, EpollFlags)>, timeout: Option<Duration>) -> bool {
+        self.come_back();
         if self.stopped() {
             return true;
         }
@@ -108,9 +83,37 @@ impl Waiter {
             return true;
         };
         if events.iter().take(count).any(|event| event.data() == BELL) {
-            let _ = self.bell.event.read();
+            self.bell.hear();
         }
         count > 0
+    }
+
+    /// Receives a frame, and waits for it as long as the bell does not ring: in the port itself, if that can
+    /// wait. Whatever else is done with the port then, [`Waiter::come_back`] comes first.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there may be something else to do; and those of the port.
+    pub fn receive(
+        &mut self,
+        port: &Arc<dyn Port>,
+        into: &[VolatileSlice<'_>],
+    ) -> io::Result<usize> {
+        if !self.away {
+            self.away = self.bell.go_away(port);
+        }
+        if !self.away {
+            self.wait(Some((&port.wait(), EpollFlags::EPOLLIN)), None);
+        } else if self.bell.has_rung() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        port.receive(into)
+    }
+
+    /// The port does not wait any more.
+    pub fn come_back(&mut self) {
+        if std::mem::take(&mut self.away) {
+            self.bell.come_back();
+        }
     }
 
     /// Has `ready`, and no other port, in the set.
@@ -134,10 +137,19 @@ impl Waiter {
     }
 }
 
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.come_back();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+    use nix::sys::eventfd::{EfdFlags, EventFd};
 
     use super::*;
 
@@ -191,6 +203,71 @@ mod tests {
         (&near).read_exact(&mut [0]).unwrap();
         assert!(!waiter.wait(readable, NONE));
         assert!(waiter.wait(Some((&wait, EpollFlags::EPOLLOUT)), LONG));
+    }
+
+    /// A port whose receive waits, or not, as a socket does.
+    struct Waiting(OwnedFd);
+
+    impl Port for Waiting {
+        fn wait(&self) -> Wait {
+            Wait::default()
+        }
+
+        fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+            vmm_api::scatter::receive(&self.0, into)
+        }
+
+        fn wait_in_receive(&self, wait: bool) -> bool {
+            use nix::fcntl::{FcntlArg, OFlag, fcntl};
+            let mut flags = OFlag::O_NONBLOCK;
+            flags.set(OFlag::O_NONBLOCK, !wait);
+            fcntl(&self.0, FcntlArg::F_SETFL(flags)).is_ok()
+        }
+
+        fn send(&self, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_ring_is_lost_on_a_thread_that_waits_elsewhere() {
+        let (bell, _kick, mut waiter) = waiter();
+        let (near, far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let port: Arc<dyn Port> = Arc::new(Waiting(near.into()));
+        let heard = Arc::new(AtomicU32::new(0));
+        let thread = std::thread::spawn({
+            let heard = heard.clone();
+            move || {
+                let mut bytes = [0; 8];
+                let mut frames = 0;
+                while !waiter.stopped() {
+                    match waiter.receive(&port, &[bytes.as_mut_slice().into()]) {
+                        Ok(_) => frames += 1,
+                        Err(error) => {
+                            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                            assert!(waiter.wait(None, LONG));
+                            heard.fetch_add(1, Relaxed);
+                        }
+                    }
+                }
+                frames
+            }
+        });
+        let end = std::time::Instant::now() + Duration::from_secs(60);
+        for ring in 0..3000 {
+            let before = heard.load(Relaxed);
+            if ring % 3 == 0 {
+                far.send(&[0]).unwrap();
+            }
+            bell.ring();
+            while heard.load(Relaxed) == before {
+                assert!(std::time::Instant::now() < end, "ring {ring}");
+                std::hint::spin_loop();
+            }
+        }
+        bell.stop();
+        let frames = thread.join().unwrap();
+        assert!((1..=1000).contains(&frames), "{frames}");
     }
 
     #[test]

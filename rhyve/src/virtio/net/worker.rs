@@ -5,8 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use super::bell::Bell;
 use super::shared::Shared;
-use super::waiter::{Bell, Waiter};
+use super::waiter::Waiter;
 use crate::net::Port;
 use crate::virtio::{Interrupts, Virtqueue};
 

@@ -3,10 +3,11 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use proptest::prelude::*;
 use vm_memory::VolatileSlice;
 use vmm_api::scatter;
@@ -22,6 +23,7 @@ use crate::virtio::{Activation, VirtioDevice, feature as common};
 
 mod device;
 mod frames;
+mod waits;
 
 const MAC: MacAddress = MacAddress([0, 0xa0, 0x98, 1, 2, 3]);
 
@@ -30,24 +32,38 @@ struct Wire {
     info: Info,
     ends: Vec<Arc<OwnedFd>>,
     calls: Mutex<Vec<String>>,
+    /// Its receive can wait.
+    waits: AtomicBool,
 }
 
-struct WirePort(Arc<OwnedFd>);
+struct WirePort {
+    end: Arc<OwnedFd>,
+    waits: bool,
+}
 
 impl Port for WirePort {
     fn wait(&self) -> Wait {
         Wait {
-            fd: Some(self.0.clone()),
+            fd: Some(self.end.clone()),
             timeout: None,
         }
     }
 
     fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        scatter::receive(&self.0, into)
+        scatter::receive(&self.end, into)
+    }
+
+    fn wait_in_receive(&self, wait: bool) -> bool {
+        let flags = if wait {
+            OFlag::empty()
+        } else {
+            OFlag::O_NONBLOCK
+        };
+        self.waits && fcntl(&self.end, FcntlArg::F_SETFL(flags)).is_ok()
     }
 
     fn send(&self, from: &[VolatileSlice<'_>]) -> io::Result<()> {
-        scatter::send(&self.0, from).map(|_| ())
+        scatter::send(&self.end, from).map(|_| ())
     }
 }
 
@@ -57,8 +73,9 @@ impl Backend for Wire {
     }
 
     fn port(&self, pair: u16) -> Option<Arc<dyn Port>> {
-        let end = self.ends.get(usize::from(pair))?;
-        Some(Arc::new(WirePort(end.clone())))
+        let end = self.ends.get(usize::from(pair))?.clone();
+        let waits = self.waits.load(Relaxed);
+        Some(Arc::new(WirePort { end, waits }))
     }
 
     fn configure(&self, header: usize, offloads: Offloads) -> io::Result<()> {
@@ -109,6 +126,7 @@ impl Rig {
             },
             ends,
             calls: Mutex::default(),
+            waits: AtomicBool::new(false),
         });
         let mevent = Mevent::start().unwrap();
         let device = Net::new(mevent, wire.clone(), MAC, Some(1400), pairs);
