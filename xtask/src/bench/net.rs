@@ -55,6 +55,8 @@ const ECHOES: u16 = 8;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What of each measurement is not counted: TCP finds its speed in it, and a card's threads theirs.
 const OMITTED: Duration = Duration::from_secs(1);
+/// What rhyve may take besides RAM, with one disk and one card.
+const MOST_MIB: f64 = 6.0;
 /// How often a measurement is tried before it counts as failed.
 const TRIES: u32 = 3;
 
@@ -131,6 +133,10 @@ pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
         rhyve.exits(&stage, &["--reverse"])?,
     ];
     let (rhyve_mib, qemu_mib) = (rhyve_mib(&rhyve.monitor)?, qemu_mib(&qemu.monitor)?);
+    if rhyve_mib > MOST_MIB {
+        let mappings = rhyve.monitor.resident_mappings()?;
+        eprintln!("more is resident than {MOST_MIB} MiB and RAM:\n{mappings}");
+    }
     let [rhyve, qemu, vhost] =
         [rhyve, qemu, vhost].map(|guest| guest.samples.into_iter().map(Sample::from).collect());
     Ok(Networks {

@@ -1,8 +1,9 @@
 //! Processes that are measured: a monitor with its guest's console, and its resident memory.
 
+use std::cmp::Reverse;
 use std::error::Error;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -143,7 +144,7 @@ impl Monitor {
         &self,
         is_ram: impl Fn(&Mapping<'_>) -> bool,
     ) -> Result<f64, Box<dyn Error>> {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
+        let smaps = self.smaps()?;
         let (mut ram, mut rest) = (0, 0);
         for mapping in mappings(&smaps) {
             *(if is_ram(&mapping) {
@@ -156,6 +157,27 @@ impl Monitor {
             return Err("the mapping of guest RAM is not found".into());
         }
         Ok(f64::from(rest) / 1024.0)
+    }
+
+    /// What is resident, the most of it first, for whoever wonders where it comes from.
+    pub fn resident_mappings(&self) -> Result<String, Box<dyn Error>> {
+        let smaps = self.smaps()?;
+        let mut mappings = mappings(&smaps);
+        mappings.retain(|mapping| mapping.rss_kib != 0);
+        mappings.sort_by_key(|mapping| Reverse(mapping.rss_kib));
+        let lines = mappings.iter().map(|mapping| {
+            let Mapping {
+                path,
+                size_kib,
+                rss_kib,
+            } = mapping;
+            format!("  {rss_kib:8} of {size_kib:8} KiB  {path}\n")
+        });
+        Ok(lines.collect())
+    }
+
+    fn smaps(&self) -> io::Result<String> {
+        fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))
     }
 }
 
