@@ -281,13 +281,15 @@ impl Stage<'_> {
         log_in(run)
     }
 
-    /// QEMU's best disk: its own thread for each, io_uring, no legacy registers.
+    /// QEMU's best disk: its own thread for each, io_uring, kicks by an access to a port, no legacy registers.
     fn drive(number: u32, path: &Path) -> [String; 6] {
         let drive = format!(
             "file={},if=none,id=d{number},format=raw,cache=writeback,aio=io_uring",
             path.display()
         );
-        let device = format!("virtio-blk-pci,drive=d{number},iothread=t{number},disable-legacy=on");
+        let device = format!(
+            "virtio-blk-pci,drive=d{number},iothread=t{number},disable-legacy=on,modern-pio-notify=on"
+        );
         let thread = format!("iothread,id=t{number}");
         [
             "-object".to_owned(),
