@@ -87,27 +87,36 @@ impl<'m> Receiving<'m> {
             waiter.wait(None, None);
             return;
         }
-        let result = if shared.is_up() {
-            if !self.gather() && (self.rooms.is_empty() || !self.patient) {
-                // With some room, the next frame may fit; it is asked for after a moment.
-                self.patient = true;
-                let timeout = (!self.rooms.is_empty()).then_some(SHORT);
-                return self.wait(waiter, true, None, timeout);
-            }
-            self.patient = false;
-            let alone = self.pace.is_enough() && self.unasked < UNASKED && self.has_enough();
-            if alone {
-                self.unasked += 1;
-                self.waits();
-            } else {
-                waiter.come_back();
-            }
-            self.receive(alone.then_some(waiter))
-        } else {
+        if !shared.is_up() {
             waiter.come_back();
-            self.discard()
-        };
-        match result {
+            let discarded = self.discard();
+            return self.settle(discarded, waiter);
+        }
+        if !self.gather() && (self.rooms.is_empty() || !self.patient) {
+            // With some room, the next frame may fit; it is asked for after a moment.
+            self.patient = true;
+            let timeout = (!self.rooms.is_empty()).then_some(SHORT);
+            return self.wait(waiter, true, None, timeout);
+        }
+        self.patient = false;
+        if self.pace.is_enough() && self.unasked < UNASKED && self.has_enough() {
+            self.unasked += 1;
+            self.waits();
+            match self.receive(Some(waiter)) {
+                // It may have been the bell that ended the wait.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.unasked = 0,
+                received => self.settle(received, waiter),
+            }
+            return;
+        }
+        waiter.come_back();
+        let received = self.receive(None);
+        self.settle(received, waiter);
+    }
+
+    /// Waits if there was no frame, and complains if there will be none.
+    fn settle(&mut self, received: io::Result<()>, waiter: &mut Waiter) {
+        match received {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.unasked = 0;
