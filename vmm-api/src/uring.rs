@@ -186,6 +186,11 @@ impl Ring {
 
     /// Takes the kernel's answers.
     fn reap(&mut self) {
+        if self.ring.completion().is_empty() && self.ring.submission().cq_overflow() {
+            // There were more than the ring has room for. The kernel keeps them, says so to poll(2) all the
+            // time, and hands them out when it is called.
+            let _ = self.ring.submit();
+        }
         let answers: Vec<_> = self
             .ring
             .completion()
@@ -348,6 +353,23 @@ mod tests {
         file.read_exact_at(&mut expected, 0).unwrap();
         assert_eq!(found, expected);
         assert_eq!(expected[8], 2);
+    }
+
+    #[test]
+    fn more_ends_than_the_ring_has_room_for_come_back() {
+        let memory = memory();
+        let file = File::open("/dev/zero").unwrap();
+        let Some(mut ring) = ring(&file, &memory) else {
+            return;
+        };
+        let slice = [memory.get_slice(GuestAddress(0), 16).unwrap()];
+        for token in 0..100 {
+            ring.push(token, Transfer::Read(0, &slice)).unwrap();
+        }
+        let mut tokens: Vec<u64> = (0..100).map(|_| wait(&mut ring).0).collect();
+        tokens.sort_unstable();
+        assert_eq!(tokens, (0..100).collect::<Vec<_>>());
+        assert!(ring.pop().is_none());
     }
 
     #[test]
