@@ -242,7 +242,13 @@ impl Port for Queue {
     }
 
     fn receive(&self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        scatter::receive(&self.fd, into)
+        scatter::receive(&self.fd, into).map_err(|error| {
+            if error.raw_os_error() != Some(libc::EFAULT) {
+                return error;
+            }
+            // Who waits when the interface goes away hears that of an address. Others hear what it is.
+            ifreq::get_iff(&self.fd).err().unwrap_or(error)
+        })
     }
 
     fn wait_in_receive(&self, wait: bool) -> bool {
