@@ -16,9 +16,9 @@ use vmm_api::control::Server;
 use vmm_api::kvm::KvmError;
 use vmm_api::memory::{GuestRam, MemSize, MemoryLayout};
 use vmm_api::name::VmName;
+use vmm_api::resident;
 use vmm_api::root::Root;
 use vmm_api::state::{Phase, StopReason, VcpuState, VmState};
-use vmm_api::text;
 use vmm_api::vm::{LockedVm, Vm, VmError};
 
 use crate::bootprofile::{BootProfile, ProfileError};
@@ -241,7 +241,7 @@ fn see_through(
     let mut cause = wait(signals, &machine, &consoles, &mut halt, |machine| {
         if !replace(&mut started, true) {
             // Most of it will not run again.
-            text::give_back();
+            resident::give_back();
         }
         stalls.look(vm, state, machine);
     })?;
@@ -314,6 +314,8 @@ impl Stalls {
                     let registers = registers.ok().and_then(Result::ok);
                     let boot = state.machine.boot.as_ref();
                     self.death = registers.and_then(|r| Death::find(ram, &[r], boot));
+                    // A kernel has a hundred thousand names.
+                    resident::give_back();
                 }
                 if self.death.as_ref().is_none_or(|death| !death.is(ram)) {
                     return;

@@ -145,6 +145,23 @@ fn bzimage_on_one_cpu_is_looked_at_and_powers_off() {
 
 #[test]
 #[ignore = "nested lane"]
+fn looking_for_a_busy_kernels_panic_keeps_no_memory() {
+    let place = Place::new();
+    let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", "");
+    let before = guest.anonymous_memory();
+    guest.console.send("while :; do :; done");
+    let kept = || {
+        std::thread::sleep(Duration::from_millis(2));
+        guest.anonymous_memory().saturating_sub(before)
+    };
+    until("the kernel's names are read", || kept() > 8 << 20);
+    until("what that took is given back", || kept() < 512 << 10);
+    guest.console.send("\x03");
+    ends(&mut guest, "poweroff -f", 1);
+}
+
+#[test]
+#[ignore = "nested lane"]
 fn vmlinux_on_two_cpus_has_a_second_serial_port_and_reboots() {
     let place = Place::new();
     let socket = place.path("com2");

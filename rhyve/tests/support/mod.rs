@@ -120,13 +120,8 @@ impl Place {
 
     /// Bytes that a clone has for itself: pages of its process, and of its file.
     pub fn own_memory(&self, name: &str, clone: &Process) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", clone.pid())).unwrap();
-        let anonymous = status.lines().find_map(|line| {
-            let kib = line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?;
-            kib.parse::<u64>().ok()
-        });
         let file = std::fs::metadata(self.path("root").join(name).join("mem")).unwrap();
-        anonymous.unwrap() * 1024 + file.blocks() * 512
+        clone.anonymous_memory() + file.blocks() * 512
     }
 
     pub fn vm(&self) -> Vm {
@@ -206,6 +201,16 @@ impl Process {
 
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    /// Bytes of its memory that are no file's.
+    pub fn anonymous_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let kib = status.lines().find_map(|line| {
+            let kib = line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?;
+            kib.parse::<u64>().ok()
+        });
+        kib.unwrap() * 1024
     }
 
     pub fn signal(&self, signal: Signal) {
