@@ -1,8 +1,8 @@
 //! Disks side by side, in the nested lane: the same kernel, root and data disk, fio in the guest, one
 //! vCPU, KVM for both. Networks are measured on the same [`Stage`], by [`super::net`].
 //!
-//! Both guests stay up and measure by turns, while the other stands still: what disturbs the machine for a
-//! while disturbs both.
+//! Both guests stay up, with fio at work in both, and go by short turns, while the other stands still: what
+//! else the machine does for a while meets both alike. The guests' kernels count what is done.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -61,6 +61,13 @@ const JOBS: [(&str, Unit, &str); 7] = [
         "rw=write bs=4k iodepth=1 fsync=1",
     ),
 ];
+
+/// Into how many turns a second of a guest's is divided.
+const TURNS_PER_SECOND: u32 = 2;
+/// How long fio may take until it begins.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What of each job is not counted.
+const OMITTED: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy)]
 enum Unit {
@@ -151,15 +158,14 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
     let mut qemu = stage.qemu("ip=off", "qemu", &Stage::drive(1, &drives))?;
     for guest in [&mut rhyve, &mut qemu] {
         guest.ask("echo there", "there\r\n")?;
-        // fio as a file of options; what is printed is short, for a console is slow.
+        // fio as a file of options. It works until it is told to end.
         let mut file = format!(
             "[global]\\nfilename=/dev/vdb\\ndirect=1\\nioengine=libaio\\nthread=1\\ntime_based=1\\n\
-             runtime={}\\nramp_time=1\\nsize={DATA}\\nnorandommap=1\\n",
-            parts.seconds
+             runtime=86400\\nsize={DATA}\\nnorandommap=1\\n"
         );
         for (number, (_, _, options)) in JOBS.iter().enumerate() {
             let options = options.replace(' ', "\\n");
-            write!(file, "[j{number}]\\nstonewall\\n{options}\\n")?;
+            write!(file, "[j{number}]\\n{options}\\n")?;
         }
         guest.ask(
             &format!("printf '{file}' >/tmp/jobs; echo ma''de"),
@@ -174,12 +180,14 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
     }
     let mut samples = [vec![Vec::new(); JOBS.len()], vec![Vec::new(); JOBS.len()]];
     for round in 1..=parts.runs {
-        for (guest, samples) in [&mut rhyve, &mut qemu].into_iter().zip(&mut samples) {
-            guest.stand_still(false)?;
-            for (place, value) in samples.iter_mut().zip(fio(guest)?) {
-                place.push(value);
+        for (job, (_, unit, _)) in JOBS.iter().enumerate() {
+            let mut guests = [&mut rhyve, &mut qemu];
+            let values = by_turns(&mut guests, job, *unit, parts.seconds)?;
+            for (samples, value) in samples.iter_mut().zip(values) {
+                if let Some(place) = samples.get_mut(job) {
+                    place.push(value);
+                }
             }
-            guest.stand_still(true)?;
         }
         eprintln!("round {round} of {} is done", parts.runs);
     }
@@ -193,31 +201,99 @@ pub fn measure(parts: &Parts) -> Result<Disks, Box<dyn Error>> {
     })
 }
 
-/// Runs all jobs; what counts of each.
-fn fio(guest: &mut Monitor) -> Result<Vec<f64>, Box<dyn Error>> {
-    // Terse version 3: name, then rates in KiB/s and requests of reads and of writes (fio(1)).
-    let command = "fio --minimal /tmp/jobs | awk -F';' '{print \"got\",$7,$8,$48,$49}'; echo e''nd";
-    let text = guest.ask(command, "end\r\n")?;
-    let lines = text
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("got "));
-    let values: Vec<f64> = lines
-        .zip(JOBS)
-        .filter_map(|(line, (_, unit, _))| {
-            let fields: Option<Vec<f64>> = line.split(' ').map(|f| f.parse().ok()).collect();
-            let [read, reads, write, writes] = fields?[..] else {
-                return None;
-            };
-            Some(match unit {
-                Unit::Rate => (read + write) / 1024.0,
-                Unit::Requests => reads + writes,
-            })
-        })
-        .collect();
-    if values.len() != JOBS.len() || values.contains(&0.0) {
-        return Err(format!("fio says {text:?}").into());
+/// Has both guests do this job by turns, each for so many seconds; what counts of it, of each.
+fn by_turns(
+    guests: &mut [&mut Monitor; 2],
+    job: usize,
+    unit: Unit,
+    seconds: u32,
+) -> Result<[f64; 2], Box<dyn Error>> {
+    let mut begun = [Done::default(); 2];
+    for (guest, begun) in guests.iter_mut().zip(&mut begun) {
+        guest.stand_still(false)?;
+        *begun = begin(guest, job)?;
+        guest.stand_still(true)?;
+    }
+    for _ in 0..seconds * TURNS_PER_SECOND {
+        for guest in guests.iter_mut() {
+            guest.stand_still(false)?;
+            sleep(Duration::from_secs(1) / TURNS_PER_SECOND);
+            guest.stand_still(true)?;
+        }
+    }
+    let mut values = [0.0; 2];
+    for ((guest, begun), value) in guests.iter_mut().zip(begun).zip(&mut values) {
+        guest.stand_still(false)?;
+        *value = Done::so_far(guest)?.since(begun, unit);
+        if *value == 0.0 {
+            return Err(format!("fio's job {job} did nothing").into());
+        }
+        guest.ask(
+            "killall fio; while pidof fio >/dev/null; do :; done; echo e''nd",
+            "end\r\n",
+        )?;
+        guest.stand_still(true)?;
     }
     Ok(values)
+}
+
+/// Starts a job; what was done when it had found its ways.
+fn begin(guest: &mut Monitor, job: usize) -> Result<Done, Box<dyn Error>> {
+    let idle = Done::so_far(guest)?;
+    let fio = format!("(fio --section=j{job} /tmp/jobs >/tmp/said 2>&1 &); echo be''gins");
+    guest.ask(&fio, "begins\r\n")?;
+    let deadline = Instant::now() + PATIENCE;
+    while Done::so_far(guest)?.requests == idle.requests {
+        if Instant::now() >= deadline {
+            let said = guest.ask("cat /tmp/said; echo e''nd", "end\r\n")?;
+            return Err(format!("fio does nothing: {said:?}").into());
+        }
+    }
+    sleep(OMITTED);
+    Done::so_far(guest)
+}
+
+/// What a guest's disk has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Done {
+    requests: f64,
+    bytes: f64,
+    /// How long the guest had gone by then.
+    ran: Duration,
+}
+
+impl Done {
+    fn so_far(guest: &mut Monitor) -> Result<Self, Box<dyn Error>> {
+        let text = guest.ask("cat /sys/block/vdb/stat; echo e''nd", "end\r\n")?;
+        let done = Self::parse(&text, guest.ran());
+        Ok(done.ok_or_else(|| format!("the disk's statistics are {text:?}"))?)
+    }
+
+    /// Linux's Documentation/block/stat.rst: requests, merges, sectors of 512 bytes and ticks of reads;
+    /// then the same of writes.
+    fn parse(text: &str, ran: Duration) -> Option<Self> {
+        text.lines().find_map(|line| {
+            let words = line.split_whitespace().map(|word| word.parse().ok());
+            let numbers: Vec<f64> = words.collect::<Option<_>>()?;
+            let [reads, _, read, _, writes, _, written, ..] = numbers[..] else {
+                return None;
+            };
+            Some(Self {
+                requests: reads + writes,
+                bytes: (read + written) * 512.0,
+                ran,
+            })
+        })
+    }
+
+    /// What counts, a second.
+    fn since(self, begun: Self, unit: Unit) -> f64 {
+        let done = match unit {
+            Unit::Rate => (self.bytes - begun.bytes) / f64::from(1 << 20),
+            Unit::Requests => self.requests - begun.requests,
+        };
+        done / (self.ran - begun.ran).as_secs_f64()
+    }
 }
 
 /// Where guests are booted that differ in little.
@@ -392,5 +468,30 @@ impl Disks {
             self.exits_per_thousand
         );
         text + "\n  columns: rhyve's median, least, most | QEMU's; unit; ratio of the medians\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disks_statistics_are_read() {
+        let text = "cat /sys/block/vdb/stat; echo e''nd\r\n     100        2     3200       10       20  \
+                    0      800        5        0       12       15        0        0        0        0  \
+                    3        1\r\nend\r\n";
+        let begun = Done {
+            requests: 20.0,
+            bytes: 0.0,
+            ran: Duration::from_secs(1),
+        };
+        let done = Done::parse(text, Duration::from_secs(3)).unwrap();
+        assert_eq!((done.requests, done.bytes), (120.0, 4000.0 * 512.0));
+        assert_eq!(done.since(begun, Unit::Requests), 50.0);
+        assert_eq!(done.since(begun, Unit::Rate), 4000.0 / 2048.0 / 2.0);
+        assert_eq!(
+            Done::parse("cat: no such file\r\nend\r\n", Duration::ZERO),
+            None
+        );
     }
 }

@@ -47,19 +47,13 @@ enum Job {
     Answers(u16),
 }
 
-impl Job {
-    /// In how many turns a round of it is measured. Whatever else the machine does for a while meets all
-    /// guests alike if they are short, but a stream takes its time to come to its speed.
-    fn turns(self) -> u32 {
-        match self {
-            Job::Stream(_) => 1,
-            Job::Answers(_) => TURNS,
-        }
-    }
-}
-
-/// Turns of a round of questions and answers.
-const TURNS: u32 = 10;
+/// Turns of a round of a stream, which takes its time to come to its speed.
+const TURNS: u32 = 2;
+/// How long a turn of questions and answers is: whatever else the machine does for a while meets all guests
+/// alike if turns are short.
+const TURN: Duration = Duration::from_millis(200);
+/// How many such turns there are for each second of a round. It is the row of the smallest difference.
+const TURNS_OF_ANSWERS: u32 = 10;
 /// The first port of a guest's echoes; each serves one connection at a time.
 const ECHO: u16 = 7;
 /// How many there are.
@@ -69,7 +63,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// What of each stream is not counted: TCP finds its speed in it.
 const OMITTED: Duration = Duration::from_secs(1);
 /// What of each turn of answers is not counted: a card's threads find their ways in it.
-const OMITTED_OF_TURN: Duration = Duration::from_millis(150);
+const OMITTED_OF_TURN: Duration = Duration::from_millis(50);
 /// What rhyve may take besides RAM, with one disk and one card.
 const MOST_MIB: f64 = 6.0;
 /// How often a measurement is tried before it counts as failed.
@@ -130,18 +124,13 @@ pub fn measure(parts: &Parts) -> Result<Networks, Box<dyn Error>> {
     }
     for round in 1..=parts.runs {
         for (row, (name, job)) in JOBS.iter().enumerate() {
-            let turns = job.turns();
-            let mut sums = vec![0.0; guests.len()];
-            for _ in 0..turns {
-                for (guest, sum) in guests.iter_mut().zip(&mut sums) {
-                    guest.monitor.stand_still(false)?;
-                    *sum += tried(name, || guest.job(*job, parts))?;
-                    guest.monitor.stand_still(true)?;
-                }
-            }
-            for (guest, sum) in guests.iter_mut().zip(sums) {
+            let values = match *job {
+                Job::Stream(options) => streams(&mut guests, name, options, parts)?,
+                Job::Answers(connections) => answers(&mut guests, connections, parts.seconds)?,
+            };
+            for (guest, value) in guests.iter_mut().zip(values) {
                 if let Some(samples) = guest.samples.get_mut(row) {
-                    samples.push(sum / f64::from(turns));
+                    samples.push(value);
                 }
             }
         }
@@ -187,6 +176,48 @@ fn ip(arguments: &[&str]) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// A round of a stream with all guests; MiB a second, of each.
+fn streams(
+    guests: &mut [Guest],
+    name: &str,
+    options: &[&str],
+    parts: &Parts,
+) -> Result<Vec<f64>, Box<dyn Error>> {
+    let mut sums = vec![0.0; guests.len()];
+    for _ in 0..TURNS {
+        for (guest, sum) in guests.iter_mut().zip(&mut sums) {
+            guest.monitor.stand_still(false)?;
+            *sum += tried(name, || guest.stream(options, parts))?;
+            guest.monitor.stand_still(true)?;
+        }
+    }
+    Ok(sums.into_iter().map(|sum| sum / f64::from(TURNS)).collect())
+}
+
+/// A round of questions, on so many connections to each guest; answers a second, of each.
+fn answers(
+    guests: &mut [Guest],
+    connections: u16,
+    seconds: u32,
+) -> Result<Vec<f64>, Box<dyn Error>> {
+    let mut asked = Vec::new();
+    for guest in &mut *guests {
+        guest.monitor.stand_still(false)?;
+        asked.push((guest.connect(connections)?, 0));
+        guest.monitor.stand_still(true)?;
+    }
+    let turns = seconds * TURNS_OF_ANSWERS;
+    for _ in 0..turns {
+        for (guest, (streams, count)) in guests.iter_mut().zip(&mut asked) {
+            guest.monitor.stand_still(false)?;
+            *count += ask_all(streams, TURN)?;
+            guest.monitor.stand_still(true)?;
+        }
+    }
+    let rate = |(_, count)| f64::from(count) / (TURN * turns).as_secs_f64();
+    Ok(asked.into_iter().map(rate).collect())
+}
+
 /// Tries again what fails, and says so.
 fn tried(
     name: &str,
@@ -203,21 +234,19 @@ fn tried(
 }
 
 impl Guest {
-    fn job(&mut self, job: Job, parts: &Parts) -> Result<f64, Box<dyn Error>> {
-        match job {
-            Job::Stream(options) => {
-                let mut client = self.iperf3(&parts.iperf3, parts.seconds, options)?;
-                let output = client.output()?;
-                rate(&output.stdout)
-            }
-            Job::Answers(connections) => {
-                let address = self.address.parse()?;
-                let ports = ECHO..ECHO + connections;
-                let echoes: Vec<_> = ports.map(|port| SocketAddr::new(address, port)).collect();
-                let seconds = Duration::from_secs(parts.seconds.into());
-                answers(&echoes, seconds / TURNS)
-            }
-        }
+    fn stream(&mut self, options: &[&str], parts: &Parts) -> Result<f64, Box<dyn Error>> {
+        let seconds = parts.seconds.div_ceil(TURNS);
+        let output = self.iperf3(&parts.iperf3, seconds, options)?.output()?;
+        rate(&output.stdout)
+    }
+
+    /// So many connections, each to an echo of its own.
+    fn connect(&self, connections: u16) -> Result<Vec<TcpStream>, Box<dyn Error>> {
+        let address = self.address.parse()?;
+        let ports = ECHO..ECHO + connections;
+        ports
+            .map(|port| connect(SocketAddr::new(address, port)))
+            .collect()
     }
 
     /// Starts a server for one client; the client.
@@ -267,24 +296,19 @@ fn rate(json: &[u8]) -> Result<f64, Box<dyn Error>> {
     Ok(bits.ok_or("iperf3 received nothing")? / 8.0 / f64::from(1 << 20))
 }
 
-/// Sends a byte to each of `echoes` and waits for it to come back, again and again; how often in a second,
-/// all together.
-fn answers(echoes: &[SocketAddr], how_long: Duration) -> Result<f64, Box<dyn Error>> {
-    let mut streams = Vec::new();
-    for echo in echoes {
-        streams.push(connect(*echo)?);
-    }
+/// Sends a byte on each of these and waits for it to come back, again and again; how often within that time
+/// after [`OMITTED_OF_TURN`], all together.
+fn ask_all(streams: &mut [TcpStream], how_long: Duration) -> Result<u32, Box<dyn Error>> {
     let start = Instant::now();
-    let count = thread::scope(|scope| -> Result<u32, Box<dyn Error>> {
+    thread::scope(|scope| {
         let ask = |stream| scope.spawn(move || ask(stream, start, how_long));
-        let askers: Vec<_> = streams.into_iter().map(ask).collect();
+        let askers: Vec<_> = streams.iter_mut().map(ask).collect();
         let mut count = 0;
         for asker in askers {
             count += asker.join().map_err(|_| "an asker panicked")??;
         }
         Ok(count)
-    })?;
-    Ok(f64::from(count) / how_long.as_secs_f64())
+    })
 }
 
 fn connect(echo: SocketAddr) -> Result<TcpStream, Box<dyn Error>> {
@@ -301,13 +325,13 @@ fn connect(echo: SocketAddr) -> Result<TcpStream, Box<dyn Error>> {
     Ok(stream)
 }
 
-/// How many answers come in that time after [`OMITTED_OF_TURN`].
-fn ask(mut stream: TcpStream, start: Instant, how_long: Duration) -> io::Result<u32> {
+fn ask(stream: &mut TcpStream, start: Instant, how_long: Duration) -> io::Result<u32> {
+    let counted = OMITTED_OF_TURN..OMITTED_OF_TURN + how_long;
     let mut count = 0;
-    while start.elapsed() < OMITTED_OF_TURN + how_long {
+    while start.elapsed() < counted.end {
         stream.write_all(b"x")?;
         stream.read_exact(&mut [0])?;
-        count += u32::from(start.elapsed() >= OMITTED_OF_TURN);
+        count += u32::from(counted.contains(&start.elapsed()));
     }
     Ok(count)
 }
@@ -385,9 +409,15 @@ mod tests {
                 count
             }));
         }
-        let rate = answers(&echoes, Duration::from_millis(20)).unwrap();
+        let streams = echoes.into_iter().map(|echo| connect(echo).unwrap());
+        let mut streams: Vec<_> = streams.collect();
+        let counts = [(); 2].map(|()| ask_all(&mut streams, Duration::from_millis(20)).unwrap());
+        drop(streams);
         let served: u32 = served.into_iter().map(|echo| echo.join().unwrap()).sum();
-        assert!(rate > 0.0);
-        assert!(rate * 0.02 < f64::from(served), "{rate} of {served}");
+        assert!(!counts.contains(&0), "{counts:?}");
+        assert!(
+            counts.iter().sum::<u32>() < served,
+            "{counts:?} of {served}"
+        );
     }
 }

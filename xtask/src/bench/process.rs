@@ -35,6 +35,10 @@ pub struct Monitor {
     input: Option<ChildStdin>,
     console: Receiver<Vec<u8>>,
     text: Vec<u8>,
+    /// How long it went before it last stood still.
+    ran: Duration,
+    /// Since when it goes, unless it stands still.
+    goes_since: Option<Instant>,
 }
 
 impl Monitor {
@@ -58,6 +62,8 @@ impl Monitor {
             child,
             console,
             text: Vec::new(),
+            ran: Duration::ZERO,
+            goes_since: Some(Instant::now()),
         })
     }
 
@@ -71,14 +77,25 @@ impl Monitor {
 
     /// Has it stand still, or go on: what is measured meanwhile has the processors to itself. QEMU's
     /// main thread wakes 250 times a second for its guest's clock, and takes some 7 % of a lane's.
-    pub fn stand_still(&self, still: bool) -> Result<(), Box<dyn Error>> {
+    pub fn stand_still(&mut self, still: bool) -> Result<(), Box<dyn Error>> {
         let signal = if still {
             Signal::SIGSTOP
         } else {
             Signal::SIGCONT
         };
         let pid = Pid::from_raw(self.child.id().try_into()?);
-        Ok(kill(pid, signal)?)
+        kill(pid, signal)?;
+        self.ran = self.ran();
+        self.goes_since = (!still).then(Instant::now);
+        Ok(())
+    }
+
+    /// How long it has gone since it was started: the time without that in which it stood still.
+    pub fn ran(&self) -> Duration {
+        self.ran
+            + self
+                .goes_since
+                .map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Its standard error, if that is a pipe and was not taken yet.
@@ -268,11 +285,14 @@ mod tests {
         let mut monitor = Monitor::start(Command::new("cat")).unwrap();
         monitor.ask("one", "one").unwrap();
         monitor.stand_still(true).unwrap();
+        let ran = monitor.ran();
         monitor.send("two").unwrap();
         let silent = monitor.console.recv_timeout(Duration::from_millis(100));
         assert!(silent.is_err(), "{silent:?}");
+        assert_eq!(monitor.ran(), ran);
         monitor.stand_still(false).unwrap();
         monitor.expect("two").unwrap();
+        assert!(monitor.ran() > ran);
     }
 
     #[test]
