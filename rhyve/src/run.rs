@@ -325,6 +325,7 @@ impl Stalls {
             None => return,
         };
         report::of_stall(vm, state, machine, &why, ram);
+        resident::give_back();
         // Once is enough.
         self.watch = None;
     }

@@ -17,7 +17,7 @@ use super::Mailbox;
 
 /// How long a vCPU has to be busy with itself.
 const LONG: Duration = Duration::from_secs(10);
-/// In how many looks after that it has to have interrupts off.
+/// In how many looks after that it has to have interrupts off, without having taken one in between.
 const LOOKS: u32 = 6;
 const INTERRUPT_FLAG: u64 = 1 << 9;
 
@@ -46,15 +46,38 @@ struct Streak {
     exits: u64,
     /// Busy without an exit for this long.
     busy: Duration,
-    dark: u32,
+    /// Looks that have seen the same darkness.
+    looks: u32,
+    dark: Option<Dark>,
 }
 
-/// Whether a busy vCPU with these RFLAGS is out of reach, by the interrupts that it ever took.
+/// A vCPU with interrupts off.
+#[derive(Clone, Copy, PartialEq)]
+struct Dark {
+    /// How many it has taken so far, if KVM counts them.
+    taken: Option<u64>,
+}
+
+impl Streak {
+    /// Counts the looks that have seen the same. One that takes interrupts now and then was looked at while
+    /// it served one: as after the monitor stood still, when guest and look go on at the same moment.
+    fn saw(&mut self, dark: Option<Dark>) {
+        self.looks = match dark {
+            None => 0,
+            Some(_) if dark == self.dark => self.looks + 1,
+            Some(_) => 1,
+        };
+        self.dark = dark;
+    }
+}
+
+/// Whether a busy vCPU with these RFLAGS seems out of reach, by the interrupts that it ever took.
 ///
 /// One that was started by another and never took any waits to be launched: FreeBSD's do so with
 /// interrupts off and a processor to themselves, until the first one has found all devices.
-fn unreachable(index: u32, rflags: u64, taken: impl FnOnce() -> Option<u64>) -> bool {
-    rflags & INTERRUPT_FLAG == 0 && (index == 0 || taken() != Some(0))
+fn unreachable(index: u32, rflags: u64, taken: impl FnOnce() -> Option<u64>) -> Option<Dark> {
+    let taken = (rflags & INTERRUPT_FLAG == 0).then(taken)?;
+    (index == 0 || taken != Some(0)).then_some(Dark { taken })
 }
 
 /// Interrupts that KVM has injected into a vCPU, if it counts them.
@@ -93,7 +116,8 @@ impl StallWatch {
             let busy = used.saturating_sub(streak.used) > period / 10 && exits == streak.exits;
             (streak.used, streak.exits) = (used, exits);
             if !busy {
-                (streak.busy, streak.dark) = (Duration::ZERO, 0);
+                streak.busy = Duration::ZERO;
+                streak.saw(None);
                 continue;
             }
             streak.busy += period;
@@ -101,12 +125,11 @@ impl StallWatch {
                 continue;
             }
             let dark = vcpu.mailbox.ask(move |kvm| {
-                let flags = kvm.registers().map(|r| r.rflags);
-                flags.is_ok_and(|flags| unreachable(index, flags, || interrupts(kvm)))
+                let registers = kvm.registers().ok()?;
+                unreachable(index, registers.rflags, || interrupts(kvm))
             });
-            let dark = dark.unwrap_or(false);
-            streak.dark = if dark { streak.dark + 1 } else { 0 };
-            if streak.dark >= LOOKS {
+            streak.saw(dark.flatten());
+            if streak.looks >= LOOKS {
                 return Some(Stall::Dark(index));
             }
             found = Some(Stall::Busy);
@@ -121,12 +144,33 @@ mod tests {
 
     #[test]
     fn a_processor_that_waits_to_be_launched_is_not_stuck() {
-        let reach = |index, rflags, taken| unreachable(index, rflags, || taken);
+        let reach = |index, rflags, taken| unreachable(index, rflags, || taken).is_some();
         assert!(!reach(1, 2, Some(0)));
         assert!(reach(1, 2, Some(7)));
         assert!(reach(1, 2, None));
         assert!(!reach(1, 2 | INTERRUPT_FLAG, Some(7)));
         // Who starts a machine is launched.
         assert!(reach(0, 2, Some(0)));
+    }
+
+    #[test]
+    fn a_processor_that_takes_interrupts_is_not_stuck() {
+        let mut streak = Streak::default();
+        let dark = |taken| Some(Dark { taken });
+        for taken in 0..20 {
+            streak.saw(dark(Some(taken)));
+            assert_eq!(streak.looks, 1);
+        }
+        for looks in 2..=LOOKS {
+            streak.saw(dark(Some(19)));
+            assert_eq!(streak.looks, looks);
+        }
+        streak.saw(None);
+        assert_eq!(streak.looks, 0);
+        // Where KVM does not count, its flags are what there is.
+        for looks in 1..=LOOKS {
+            streak.saw(dark(None));
+            assert_eq!(streak.looks, looks);
+        }
     }
 }

@@ -150,14 +150,28 @@ fn looking_for_a_busy_kernels_panic_keeps_no_memory() {
     let mut guest = boot(&place, "linux/vmlinuz", "-m 256M", "", "");
     let before = guest.anonymous_memory();
     guest.console.send("while :; do :; done");
-    let kept = || {
+    let kept = |guest: &Process| {
         std::thread::sleep(Duration::from_millis(2));
         guest.anonymous_memory().saturating_sub(before)
     };
-    until("the kernel's names are read", || kept() > 8 << 20);
-    until("what that took is given back", || kept() < 512 << 10);
+    until("the kernel's names are read", || kept(&guest) > 8 << 20);
+    until("what that took is given back", || kept(&guest) < 512 << 10);
+
     guest.console.send("\x03");
-    ends(&mut guest, "poweroff -f", 1);
+    guest.console.send("echo c >/proc/sysrq-trigger");
+    let report = place.path("root/guest0/report.txt");
+    until("the panic is seen", || {
+        kept(&guest);
+        std::fs::read_to_string(&report).is_ok_and(|text| text.ends_with('\n'))
+    });
+    until("what the report took is given back", || {
+        kept(&guest) < 512 << 10
+    });
+    let report = std::fs::read_to_string(&report).unwrap();
+    let why = "guest0: makes no progress: its kernel has panicked\npanic: sysrq triggered crash\n";
+    assert!(report.starts_with(why), "{report}");
+    place.ok("vmmctl --vm=guest0 --force-poweroff");
+    guest.wait();
 }
 
 #[test]
