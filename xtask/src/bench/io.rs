@@ -460,14 +460,14 @@ impl Disks {
                 show(rhyve),
                 show(qemu),
                 unit.name(),
-                rhyve.median / qemu.median
+                rhyve.ratio(qemu)
             );
         }
         text += &format!(
             "  exits to rhyve, 1000 requests {:9.2}\n",
             self.exits_per_thousand
         );
-        text + "\n  columns: rhyve's median, least, most | QEMU's; unit; ratio of the medians\n"
+        text + "\n  columns: rhyve's median, least, most | QEMU's; unit; median of the rounds' ratios\n"
     }
 }
 

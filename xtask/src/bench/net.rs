@@ -361,8 +361,8 @@ impl Networks {
                 show(rhyve),
                 show(vhost),
                 show(qemu),
-                rhyve.median / vhost.median,
-                rhyve.median / qemu.median
+                rhyve.ratio(vhost),
+                rhyve.ratio(qemu)
             );
         }
         let [to, from] = self.exits_per_thousand;
@@ -372,7 +372,7 @@ impl Networks {
             self.rhyve_mib, self.qemu_mib
         );
         text + "\n  columns: rhyve's median, least, most | QEMU's with vhost | QEMU's without; unit; \
-                ratios of rhyve's median to theirs\n"
+                medians of the rounds' ratios\n"
     }
 }
 

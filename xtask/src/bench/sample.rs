@@ -28,6 +28,15 @@ impl From<Vec<f64>> for Sample {
     }
 }
 
+impl Sample {
+    /// How many times the other it is: the median of what each round came to. Both were measured by turns in
+    /// a round, so that what slowed the machine down meanwhile slowed both.
+    pub fn ratio(&self, other: &Sample) -> f64 {
+        let rounds = self.runs.iter().zip(&other.runs);
+        Sample::from(rounds.map(|(a, b)| a / b).collect::<Vec<_>>()).median
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,5 +48,12 @@ mod tests {
         let even = Sample::from(vec![4.0, 1.0, 2.0, 3.0]);
         assert_eq!((even.min, even.median, even.max), (1.0, 2.5, 4.0));
         assert_eq!(even.runs, [4.0, 1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn a_ratio_is_of_rounds() {
+        let one = Sample::from(vec![3.0, 10.0, 6.0]);
+        let other = Sample::from(vec![2.0, 5.0, 2.0]);
+        assert_eq!(one.ratio(&other), 2.0);
     }
 }
