@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use object::elf::SHT_SYMTAB;
+use object::elf::{SHT_NOBITS, SHT_SYMTAB};
 
 use super::metadata::{
     FileRecords, MODINFOMD_CTORS_ADDR, MODINFOMD_CTORS_SIZE, MODINFOMD_DYNAMIC, MODINFOMD_ELFHDR,
@@ -198,9 +198,9 @@ struct Range {
 fn symbols(sections: &Sections, elf: &Elf) -> Option<[Range; 2]> {
     let headers = sections.headers.iter().enumerate();
     let mut tables = headers.filter(|(_, header)| {
-        // Ends are checked against the file, so sums do not overflow.
-        let end = offset(header) + size(header);
         let in_segment = |load: &crate::elf::Load| {
+            // Ends of what is in the file are checked against it, so sums do not overflow.
+            let end = offset(header) + size(header);
             offset(header) >= load.offset && end <= load.offset + load.filesz
         };
         kind(header) == SHT_SYMTAB && size(header) != 0 && !elf.loads.iter().any(in_segment)
@@ -209,7 +209,7 @@ fn symbols(sections: &Sections, elf: &Elf) -> Option<[Range; 2]> {
     let strings = sections
         .headers
         .get(link(table))
-        .filter(|_| link(table) != index)?;
+        .filter(|strings| link(table) != index && kind(strings) != SHT_NOBITS)?;
     Some([table, strings].map(|header| Range {
         offset: offset(header),
         size: size(header),

@@ -451,6 +451,17 @@ fn a_kernel_file_has_its_symbols_too() {
         plan.summary,
         "text=0x80 data=0x0+0x10000 syms=[0x8+0x78+0x8+0xe]"
     );
+    // What is not in the file may be of any size, and has no strings.
+    let summary = |section: usize| {
+        let mut file = kernel(&[]);
+        let headers = u64::from_le_bytes(file[40..48].try_into().unwrap()) as usize;
+        let header = &mut file[headers + 64 * section..][..64];
+        header[4..8].copy_from_slice(&8_u32.to_le_bytes());
+        header[32..40].fill(0xff);
+        plan_kernel(&file).unwrap().summary
+    };
+    assert_eq!(summary(3), plan.summary);
+    assert_eq!(summary(2), "text=0x80 data=0x0+0x10000");
 }
 
 #[test]
