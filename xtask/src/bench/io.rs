@@ -91,7 +91,7 @@ impl Unit {
 pub struct Parts {
     #[arg(long)]
     pub runs: u32,
-    /// Seconds of each fio job, and of each of iperf3
+    /// Seconds that each row is measured in a round, for each guest
     #[arg(long)]
     pub seconds: u32,
     /// Directory of rhyveload, rhyve and vmmctl

@@ -48,11 +48,12 @@ enum Job {
 }
 
 /// Turns of a round of a stream, which takes its time to come to its speed.
-const TURNS: u32 = 2;
+const TURNS_OF_STREAMS: u32 = 2;
 /// How long a turn of questions and answers is: whatever else the machine does for a while meets all guests
 /// alike if turns are short.
 const TURN: Duration = Duration::from_millis(200);
-/// How many such turns there are for each second of a round. It is the row of the smallest difference.
+/// How many such turns there are for each second of a round: twice its time, as it is the row of the smallest
+/// difference.
 const TURNS_OF_ANSWERS: u32 = 10;
 /// The first port of a guest's echoes; each serves one connection at a time.
 const ECHO: u16 = 7;
@@ -184,14 +185,17 @@ fn streams(
     parts: &Parts,
 ) -> Result<Vec<f64>, Box<dyn Error>> {
     let mut sums = vec![0.0; guests.len()];
-    for _ in 0..TURNS {
+    for _ in 0..TURNS_OF_STREAMS {
         for (guest, sum) in guests.iter_mut().zip(&mut sums) {
             guest.monitor.stand_still(false)?;
             *sum += tried(name, || guest.stream(options, parts))?;
             guest.monitor.stand_still(true)?;
         }
     }
-    Ok(sums.into_iter().map(|sum| sum / f64::from(TURNS)).collect())
+    Ok(sums
+        .into_iter()
+        .map(|sum| sum / f64::from(TURNS_OF_STREAMS))
+        .collect())
 }
 
 /// A round of questions, on so many connections to each guest; answers a second, of each.
@@ -235,7 +239,7 @@ fn tried(
 
 impl Guest {
     fn stream(&mut self, options: &[&str], parts: &Parts) -> Result<f64, Box<dyn Error>> {
-        let seconds = parts.seconds.div_ceil(TURNS);
+        let seconds = parts.seconds.div_ceil(TURNS_OF_STREAMS);
         let output = self.iperf3(&parts.iperf3, seconds, options)?.output()?;
         rate(&output.stdout)
     }
