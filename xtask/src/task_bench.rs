@@ -190,7 +190,8 @@ impl Io {
         let xtask = env::current_exe()?;
         let nested = |device: Device| -> Result<Command, Box<dyn Error>> {
             let mut nested = Command::new(&xtask);
-            let timeout = 600 + self.runs * 40 * (seconds + 2);
+            // Three times what it takes on a machine with nothing else to do.
+            let timeout = 1200 + self.runs * 100 * (seconds + 2);
             nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
             nested.args(["--cpus", &io::CPUS.to_string()]);
             nested.arg("--").arg(&xtask).args(["bench", "io-in-lane"]);

@@ -19,6 +19,9 @@ const SHORTEST: u32 = 14;
 /// takes, and the driver finds it with the next frame that goes or comes: mostly there is nothing left to
 /// tell then, and an interrupt is saved for each.
 const LATE: Duration = Duration::from_millis(4);
+/// The same of a frame that an answer is to come for: the driver finds it sent with that one. Where a round
+/// trip takes longer than [`LATE`], each would wake the thread a second time, for nothing.
+const LATE_OF_QUESTION: Duration = Duration::from_millis(20);
 
 /// A transmit thread's life. Returns its queue with every frame answered that it has taken.
 pub(super) fn run(mut work: Work, mut waiter: Waiter) -> Virtqueue {
@@ -55,7 +58,8 @@ pub(super) fn run(mut work: Work, mut waiter: Waiter) -> Virtqueue {
             patient = stream;
             be_patient(&work, patient);
         }
-        if !waiter.wait(None, work.queue.has_untold().then_some(LATE)) {
+        let late = if stream { LATE } else { LATE_OF_QUESTION };
+        if !waiter.wait(None, work.queue.has_untold().then_some(late)) {
             work.queue.signal();
         }
     }
