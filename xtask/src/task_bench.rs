@@ -190,7 +190,7 @@ impl Io {
         let xtask = env::current_exe()?;
         let nested = |device: Device| -> Result<Command, Box<dyn Error>> {
             let mut nested = Command::new(&xtask);
-            // Three times what it takes on a machine with nothing else to do.
+            // Several times what it takes on a machine with nothing else to do.
             let timeout = 1200 + self.runs * 100 * (seconds + 2);
             nested.args(["nested", "--mem", "6G", "--timeout", &timeout.to_string()]);
             nested.args(["--cpus", &io::CPUS.to_string()]);

@@ -61,7 +61,7 @@ fn a_large_frame_takes_several_buffers_and_its_header_passes() {
 }
 
 /// So many small frames, one after the other, make a habit of it.
-const MANY: usize = 20;
+pub(super) const MANY: usize = 20;
 
 #[test]
 fn a_large_frame_after_many_small_ones_arrives_whole() {

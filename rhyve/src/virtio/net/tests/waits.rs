@@ -1,5 +1,6 @@
 //! A receive thread that waits in its port, and not for the bell.
 
+use super::frames::MANY;
 use super::*;
 
 /// A card whose port's receive can wait.
@@ -71,6 +72,31 @@ fn it_hears_whatever_happens() {
         reset.queue_reset().unwrap().start_queue(queue).unwrap();
     }
     rig.lone_frames();
+    rig.device.reset();
+}
+
+#[test]
+fn a_question_is_told_as_sent_if_no_answer_comes() {
+    let mut rig = Rig::idle(false, 1, common::VERSION_1);
+    let driver = rig.drivers.remove(1).with_event_index();
+    rig.drivers.insert(1, driver);
+    rig.wire.waits.store(true, Relaxed);
+    rig.activate(|_| {});
+    rig.lone_frames();
+    let told = |rig: &Rig| {
+        let queues = rig.interrupts.queues();
+        queues.into_iter().filter(|queue| *queue == 1).count()
+    };
+    for found in 0..MANY as u16 {
+        rig.drivers[1].set_used_event(found);
+        rig.send(1, &[&[0; 12], &frame([0xff; 6], 50)]);
+        rig.heard(0);
+        rig.one(42);
+    }
+    let before = told(&rig);
+    rig.drivers[1].set_used_event(MANY as u16);
+    rig.send(1, &[&[0; 12], &frame([0xff; 6], 50)]);
+    rig.until("the last one is told", |rig| told(rig) > before);
     rig.device.reset();
 }
 
