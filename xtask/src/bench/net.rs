@@ -47,8 +47,9 @@ enum Job {
     Answers(u16),
 }
 
-/// Turns of a round of a stream, which takes its time to come to its speed.
-const TURNS_OF_STREAMS: u32 = 2;
+/// Turns of a round of a stream, which takes its time to come to its speed: no more of them, and no less than
+/// a second each.
+const TURNS_OF_STREAMS: u32 = 5;
 /// How long a turn of questions and answers is: whatever else the machine does for a while meets all guests
 /// alike if turns are short.
 const TURN: Duration = Duration::from_millis(200);
