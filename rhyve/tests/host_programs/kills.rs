@@ -3,7 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmm_api::control::Client;
@@ -25,6 +25,16 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
     let kernel = probe(&place);
     let mut random = seed() | 1;
     println!("RHYVE_TEST_SEED={random}");
+    // Moments are within twice the time that it takes here to run.
+    load(&place, "-m 64M", &kernel);
+    let start = Instant::now();
+    let mut guest = place.start("-c 2");
+    until("it runs", || {
+        place.vm().path().join("control.sock").exists()
+    });
+    let most = start.elapsed().as_micros() as u64 * 2;
+    guest.signal(Signal::SIGKILL);
+    guest.wait();
     let mut killed_while_running = 0;
     for round in 0..20 {
         load(&place, "-m 64M", &kernel);
@@ -33,7 +43,7 @@ fn rhyve_killed_at_random_moments_leaves_a_whole_object() {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        let delay = Duration::from_micros(random % 400_000);
+        let delay = Duration::from_micros(random % most);
         thread::sleep(delay);
         guest.signal(Signal::SIGKILL);
         let ended = guest.wait();
