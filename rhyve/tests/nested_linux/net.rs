@@ -125,6 +125,8 @@ fn refusals() {
 #[ignore = "nested lane"]
 fn cards_at_a_tap_and_at_a_wire_carry_what_linux_sends() {
     own_network();
+    // TCP has few segments go at once where it finds the way to be slow, as a busy machine makes it.
+    std::fs::write("/proc/sys/net/ipv4/tcp_min_tso_segs", "8").unwrap();
     refusals();
     let (first, second) = (Place::new(), Place::new());
     let (wire, pcap) = (first.path("wire"), first.path("pcap"));
@@ -174,10 +176,12 @@ fn cards_at_a_tap_and_at_a_wire_carry_what_linux_sends() {
     assert_eq!(told["counters"]["bad requests"], 0, "{told}");
     let (lengths, echo) = frames(&pcap);
     assert!(echo && lengths.iter().sum::<usize>() > 12_000_000);
-    // Segments are left to the other side: two at least, which is what Linux has go at once however slow it
-    // finds the way to be (tcp_min_tso_segs), and then they are longer than the MTU and the addresses.
-    let longest = lengths.iter().max();
-    assert!(longest > Some(&1514), "{longest:?}");
+    // Segments are left to the other side.
+    assert!(
+        lengths.iter().max() > Some(&5000),
+        "{:?}",
+        lengths.iter().max()
+    );
 
     // By its control queue the driver says what it wants to receive, and another address.
     let told = |property: &str, value: &str| {
