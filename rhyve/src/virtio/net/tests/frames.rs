@@ -101,8 +101,7 @@ fn a_large_frame_after_many_small_ones_arrives_whole() {
 #[test]
 fn a_small_frame_that_is_alone_is_told_late_if_nothing_comes() {
     let mut rig = Rig::idle(true, 1, common::VERSION_1);
-    let driver = rig.drivers.remove(1).with_event_index();
-    rig.drivers.insert(1, driver);
+    rig.use_event_index(1);
     rig.activate(|_| {});
     let exchange = |rig: &mut Rig, found: u16| {
         rig.drivers[1].set_used_event(found);
@@ -127,8 +126,7 @@ fn a_small_frame_that_is_alone_is_told_late_if_nothing_comes() {
 #[test]
 fn a_frame_that_went_is_told_while_the_next_finds_no_room() {
     let mut rig = Rig::idle(true, 1, common::VERSION_1);
-    let driver = rig.drivers.remove(1).with_event_index();
-    rig.drivers.insert(1, driver);
+    rig.use_event_index(1);
     rig.activate(|_| {});
     // The wire has room for one more.
     let bytes = [&[0; 12][..], &frame([0xff; 6], 50)].concat();

@@ -150,6 +150,12 @@ impl Rig {
         rig
     }
 
+    /// Before it is activated: this queue's driver says what it has found.
+    fn use_event_index(&mut self, queue: usize) {
+        let driver = self.drivers.remove(queue).with_event_index();
+        self.drivers.insert(queue, driver);
+    }
+
     fn activate(&self, prepare: impl Fn(&mut crate::virtio::Virtqueue)) {
         let queues = (0..).zip(&self.drivers).map(|(n, driver)| {
             let mut queue = driver.virtqueue(n, self.interrupts.clone());

@@ -78,8 +78,7 @@ fn it_hears_whatever_happens() {
 #[test]
 fn a_question_is_told_as_sent_if_no_answer_comes() {
     let mut rig = Rig::idle(false, 1, common::VERSION_1);
-    let driver = rig.drivers.remove(1).with_event_index();
-    rig.drivers.insert(1, driver);
+    rig.use_event_index(1);
     rig.wire.waits.store(true, Relaxed);
     rig.activate(|_| {});
     rig.lone_frames();
