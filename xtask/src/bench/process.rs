@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::error::Error;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
@@ -30,6 +31,7 @@ pub fn time(command: &mut Command) -> Result<Duration, Box<dyn Error>> {
 
 /// A running monitor whose standard output is its guest's console. Dropping it kills it.
 pub struct Monitor {
+    program: OsString,
     child: Child,
     /// Kept open: the end of input may end a console.
     input: Option<ChildStdin>,
@@ -58,6 +60,7 @@ impl Monitor {
             }
         });
         Ok(Self {
+            program,
             input: child.stdin.take(),
             child,
             console,
@@ -123,8 +126,9 @@ impl Monitor {
             match self.console.recv_timeout(left) {
                 Ok(piece) => self.text.extend(piece),
                 Err(_) => {
-                    let text = String::from_utf8_lossy(&self.text);
-                    return Err(format!("the console never showed {sign:?}, but {text:?}").into());
+                    let (program, text) = (&self.program, String::from_utf8_lossy(&self.text));
+                    let never = format!("{program:?}: the console never showed {sign:?}");
+                    return Err(format!("{never}, but {text:?}").into());
                 }
             }
         }
