@@ -31,6 +31,7 @@ pub fn time(command: &mut Command) -> Result<Duration, Box<dyn Error>> {
 
 /// A running monitor whose standard output is its guest's console. Dropping it kills it.
 pub struct Monitor {
+    /// What was started, for errors.
     program: OsString,
     child: Child,
     /// Kept open: the end of input may end a console.
@@ -111,7 +112,7 @@ impl Monitor {
         let deadline = Instant::now() + PATIENCE;
         while self.child.try_wait()?.is_none() {
             if Instant::now() >= deadline {
-                return Err("a monitor does not end".into());
+                return Err(format!("{}: it does not end", self.program.display()).into());
             }
             thread::sleep(Duration::from_micros(200));
         }
@@ -126,8 +127,9 @@ impl Monitor {
             match self.console.recv_timeout(left) {
                 Ok(piece) => self.text.extend(piece),
                 Err(_) => {
-                    let (program, text) = (&self.program, String::from_utf8_lossy(&self.text));
-                    let never = format!("{program:?}: the console never showed {sign:?}");
+                    let (program, text) =
+                        (self.program.display(), String::from_utf8_lossy(&self.text));
+                    let never = format!("{program}: the console never showed {sign:?}");
                     return Err(format!("{never}, but {text:?}").into());
                 }
             }
